@@ -190,12 +190,12 @@ def overlay(
     on = ((mask>0) & (mask!=IGNORE))[..., None]*alpha
     return np.uint8(image*(1-on) + colour*on)
 
-# %% ../nbs/00_core.ipynb #d6175968
+# %% ../nbs/00_core.ipynb #3e049750
 def show_rows(
     rows:list,         # Each a list of uint8 pictures `(h, w, 3)`
     titles:list=None,  # One per column
     labels:list=None,  # One per row, written at its left
-    size:float=2.2,    # Side of one picture, inches
+    size:float=1.6,    # Side of one picture, inches
 ):
     "Draw `rows` of pictures as a grid"
     fig,axs = plt.subplots(len(rows), len(rows[0]), figsize=(size*len(rows[0]), size*len(rows)), squeeze=False, layout='constrained', dpi=72)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..core import pick
 
-# %% ../../nbs/10_models.core.ipynb #6a9e5f81
+# %% ../../nbs/10_models.core.ipynb #50c2b79b
 class SegNet(nn.Module):
     "A network that takes images in 0–1 of any size `(n, c, h, w)` and gives logits `(n, n_out, h, w)`"
     def __init__(self,
@@ -33,6 +33,7 @@ class SegNet(nn.Module):
     ):
         super().__init__()
         self.net,self.config,self.min_size = net,config,min_size
+        self.codes = self.size = None  # classes and training size, known once it is trained
         for k,v in dict(mean=mean, std=std).items(): self.register_buffer(k, torch.tensor(v).view(1, -1, 1, 1), persistent=False)
 
     @property
