@@ -23,7 +23,7 @@ setup(
     long_description_content_type='text/markdown',
     author=cfg['author'],
     author_email=cfg['author_email'],
-    license=cfg['license'],
+    license_expression=cfg['license'],
     keywords=cfg['keywords'].split(),
     classifiers=[
         f'Development Status :: {status} - {STATUSES[status - 1]}',

@@ -9,7 +9,7 @@ __all__ = ['IGNORE', 'PALETTE', 'cmap', 'SPLITS', 'UNLABELED', 'DatasetError', '
            'load_image', 'load_mask', 'atomic', 'overlay', 'show_rows', 'image_files', 'split_files', 'unlabeled_files',
            'DatasetSummary', 'check_dataset']
 
-# %% ../nbs/00_core.ipynb #ee2bb9e3
+# %% ../nbs/00_core.ipynb #89215db6
 import difflib, os
 from collections import Counter
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np
 from fastcore.parallel import parallel
 from matplotlib.colors import ListedColormap
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # %% ../nbs/00_core.ipynb #d69eb8a7
 class DatasetError(ValueError):
@@ -107,13 +107,15 @@ def read_codes(
     try: return parse_codes(f.read_text(encoding='utf-8'))
     except UnicodeDecodeError: raise DatasetError('codes.txt: is not a UTF-8 text file') from None
 
-# %% ../nbs/00_core.ipynb #87b49462
+# %% ../nbs/00_core.ipynb #45d181c7
 def _open(path):
     "The upright picture in the file `path`"
     try:
         with Image.open(path) as im:
             im.load()
             return ImageOps.exif_transpose(im)
+    except FileNotFoundError: raise DatasetError(f'{path}: no such file') from None
+    except UnidentifiedImageError: raise DatasetError(f'{path}: cannot be read as an image (its format is unknown)') from None
     except Exception as e: raise DatasetError(f'{path}: cannot be read as an image ({type(e).__name__}: {e})') from e
 
 def _to_8bit(a):

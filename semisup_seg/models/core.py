@@ -58,7 +58,7 @@ class Network:
 
 networks = {}
 
-# %% ../../nbs/10_models.core.ipynb #ff80a602
+# %% ../../nbs/10_models.core.ipynb #3694702e
 def register(
     name:str,          # As in its paper
     idea:str,          # In about five words
@@ -68,7 +68,7 @@ def register(
 ):
     "Decorator that files a function `(backbone, n_out, n_in)` as the builder of the network `name`"
     def _add(build):
-        if name in networks: raise ValueError(f'The network {name!r} is registered already')
+        if name in networks and networks[name].build.__qualname__!=build.__qualname__: raise ValueError(f'The network {name!r} is registered already')
         networks[name] = Network(name, build, idea, paper, backbone, min_size)
         return build
     return _add

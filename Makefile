@@ -1,0 +1,62 @@
+PYTHON ?= python3
+BIN = .venv/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+METADATA = settings.ini setup.py pyproject.toml
+part ?= 2
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test docs readme outputs prepare hooks bump clean
+
+help: ## Show this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
+
+demo: .venv/demo ## Train on the embedded brain sample: a table, and a report to open
+	$(BIN)/semisup-seg demo
+
+test: .venv/dev ## Check everything: export, style, notebooks, tests
+	$(BIN)/pytest tests/test_sync.py
+	$(BIN)/chkstyle nbs tests .ci
+	$(BIN)/nbdev-test --n-workers 0
+	$(BIN)/pytest --ignore tests/test_sync.py
+
+docs: .venv/dev ## Build the website into _docs
+	$(BIN)/python .ci/build_docs.py site
+
+readme: .venv/dev ## Write README.md from nbs/index.ipynb
+	$(BIN)/python .ci/build_docs.py readme
+
+outputs: .venv/dev ## Run every notebook and keep its outputs for the website
+	$(BIN)/nbdev-test --n-workers 0 --save
+	$(BIN)/nbdev-clean
+
+prepare: .venv/dev ## Before a commit: export, clean, write README.md, test
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+	$(BIN)/python .ci/build_docs.py readme
+	$(MAKE) test
+
+hooks: .venv/dev ## Once per clone: merge notebooks cell by cell, export and clean them at each commit
+	$(BIN)/nbdev-install-hooks
+	$(BIN)/pre-commit install
+
+bump: .venv/dev ## Raise the version: part=0 major, 1 minor, 2 patch
+	$(BIN)/nbdev-bump-version --part $(part)
+	sed -i.bak "s/^version *=.*/version = $$($(BIN)/python -c 'import semisup_seg as s; print(s.__version__)')/" settings.ini
+	rm settings.ini.bak
+
+clean: ## Remove what was built
+	rm -rf .venv _docs _proc build dist *.egg-info
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+# A stamp holds the metadata that was installed: touching a file does not install again.
+.venv/demo: $(METADATA) | .venv/bin/pip
+	cat $(METADATA) | cmp -s - $@ || $(PIP) install -e '.[offline]'
+	cat $(METADATA) > $@
+
+.venv/dev: $(METADATA) | .venv/bin/pip
+	cat $(METADATA) | cmp -s - $@ || $(PIP) install -e '.[dev]'
+	cat $(METADATA) | tee .venv/demo > $@

@@ -1,0 +1,64 @@
+"The package that users install: what it holds, and what it says of itself."
+import shutil, subprocess, sys
+from configparser import ConfigParser
+from email.parser import BytesParser
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+import semisup_seg
+
+root = Path(__file__).resolve().parent.parent
+cp = ConfigParser(delimiters=['='])
+cp.read(root/'settings.ini', encoding='utf-8')
+cfg = cp['DEFAULT']
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    "A wheel built from the sdist of a copy of the project"
+    src = tmp_path_factory.mktemp('src')/'project'
+    skip = shutil.ignore_patterns('.*', '_docs', '_proc', 'nbs', 'build', 'dist', 'demo', '*.egg-info', '__pycache__')
+    shutil.copytree(root, src, ignore=skip)
+    cmd = [sys.executable, '-W', 'error::DeprecationWarning:setuptools', '-m', 'build', '--no-isolation', '.']
+    res = subprocess.run(cmd, cwd=src, capture_output=True, text=True)
+    assert res.returncode==0, res.stdout + res.stderr
+    said = res.stdout + res.stderr
+    assert 'Deprecat' not in said, said
+    return ZipFile(next(src.glob('dist/*.whl')))
+
+@pytest.fixture(scope='module')
+def metadata(wheel): return BytesParser().parsebytes(wheel.read(next(n for n in wheel.namelist() if n.endswith('.dist-info/METADATA'))))
+
+def test_wheel_holds_the_modules(wheel):
+    want = {str(p.relative_to(root)) for p in (root/'semisup_seg').rglob('*.py')}
+    assert {n for n in wheel.namelist() if '.dist-info/' not in n}==want
+
+def test_metadata(metadata):
+    assert metadata['Name']=='semisup-segmentation'
+    assert metadata['Version']==cfg['version']
+    assert metadata['Summary']==cfg['description']
+    assert metadata['License-Expression']==cfg['license']=='Apache-2.0'
+    assert metadata['Author'] or metadata['Author-email']
+    assert metadata['Requires-Python']==f">={cfg['min_python']}"
+    assert set(metadata.get_all('Provides-Extra'))=={'offline', 'dev', 'docs'}
+    assert metadata['Description-Content-Type']=='text/markdown'
+    assert metadata.get_payload().strip()==(root/'README.md').read_text(encoding='utf-8').strip()
+    for v in cfg['python_versions'].split(): assert f'Programming Language :: Python :: {v}' in metadata.get_all('Classifier')
+
+def test_requirements(metadata):
+    said = metadata.get_all('Requires-Dist')
+    for r in cfg['requirements'].split(): assert any(s.startswith(r.split('>')[0].split('=')[0]) for s in said), r
+    for r in cfg['offline_requirements'].split(): assert sum(r in s for s in said)==2, f'{r}: wanted in offline and in dev'
+
+def test_commands(wheel):
+    entries = ConfigParser(delimiters=['='])
+    entries.read_string(wheel.read(next(n for n in wheel.namelist() if n.endswith('entry_points.txt'))).decode())
+    assert entries['console_scripts']['semisup-seg']=='semisup_seg.cli:main'
+    assert entries['nbdev']['semisup_seg']=='semisup_seg._modidx:d'
+
+def test_one_version(): assert semisup_seg.__version__==cfg['version']
+
+def test_import_is_light():
+    code = 'import sys, semisup_seg; print([m for m in ("torch", "fastai", "matplotlib") if m in sys.modules])'
+    assert subprocess.check_output([sys.executable, '-c', code], text=True, cwd=root).strip()=='[]'
