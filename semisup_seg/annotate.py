@@ -8,15 +8,15 @@ Docs: https://semisup-seg.github.io/semisup_seg/annotate.html.md"""
 __all__ = ['COLUMNS', 'opinions', 'agreement', 'vote', 'Annotations', 'read_annotations', 'show_annotations', 'annotate',
            'write_masks']
 
-# %% ../nbs/31_annotate.ipynb #e5901173
+# %% ../nbs/31_annotate.ipynb #678e9205
 import csv
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import DatasetError, atomic, image_files, load_image, load_mask, overlay, show_rows
+from .core import DatasetError, atomic, bar, image_files, load_image, load_mask, overlay, show_rows
 from .data import check_size
-from .learner import _model, bar, batches, dice, overlap_counts, predict, to_mask, to_tensor
+from .learner import _model, batches, dice, overlap_counts, predict, to_mask, to_tensor
 from .views import get_views
 
 import numpy as np, torch

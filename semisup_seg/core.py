@@ -6,11 +6,11 @@ Docs: https://semisup-seg.github.io/semisup_seg/core.html.md"""
 
 # %% auto #0
 __all__ = ['IGNORE', 'PALETTE', 'cmap', 'SPLITS', 'UNLABELED', 'DatasetError', 'pick', 'Codes', 'parse_codes', 'read_codes',
-           'load_image', 'load_mask', 'atomic', 'overlay', 'show_rows', 'image_files', 'split_files', 'unlabeled_files',
-           'DatasetSummary', 'check_dataset']
+           'load_image', 'load_mask', 'atomic', 'on_screen', 'bar', 'overlay', 'show_rows', 'image_files',
+           'split_files', 'unlabeled_files', 'DatasetSummary', 'check_dataset']
 
-# %% ../nbs/00_core.ipynb #89215db6
-import difflib, os
+# %% ../nbs/00_core.ipynb #3bc4c4ff
+import difflib, os, sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +18,9 @@ from functools import cached_property
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np
+from fastcore.imports import IN_NOTEBOOK
 from fastcore.parallel import parallel
+from fastprogress.fastprogress import progress_bar
 from matplotlib.colors import ListedColormap
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -178,6 +180,15 @@ def atomic(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
+# %% ../nbs/00_core.ipynb #ef12bf75
+def on_screen(): return IN_NOTEBOOK or sys.stdout.isatty()
+
+def bar(
+    items, # What to go through; its length is known
+):
+    "`items`, with a progress bar where one can be drawn"
+    return progress_bar(items, leave=False) if on_screen() else items
+
 # %% ../nbs/00_core.ipynb #19855bcd
 PALETTE = np.uint8([[20, 20, 20], [242, 142, 43], [78, 121, 167], [89, 161, 79], [225, 87, 89], [176, 122, 161], [237, 201, 72], [118, 183, 178]])
 cmap = ListedColormap(PALETTE/255, 'semisup_seg')
@@ -297,7 +308,7 @@ def _summary(root, codes, found):
     pixels = {k: sum(n for s,_,n in found if s==k) for k in counts if k!='unlabeled'}
     return DatasetSummary(root, codes, dict(counts), Counter(s for _,s,_ in found), {k: v/v.sum() for k,v in pixels.items()})
 
-# %% ../nbs/00_core.ipynb #ece5c8ce
+# %% ../nbs/00_core.ipynb #5d6ae95e
 def check_dataset(
     path:str|Path, # The data set folder
 )->DatasetSummary:
@@ -309,7 +320,7 @@ def check_dataset(
     jobs = [j for s in SPLITS for j in _pair_files(root, s, faults)]
     faults += _folder_faults(root, UNLABELED, required=False)
     jobs += [('unlabeled', f, None) for f in unlabeled_files(root)]
-    found = parallel(_check_files, jobs, root=root, codes=codes, threadpool=True, n_workers=4, progress=len(jobs)>500)
+    found = parallel(_check_files, jobs, root=root, codes=codes, threadpool=True, n_workers=4, progress=len(jobs)>500 and on_screen())
     faults += [f for fs,_ in found for f in fs]
     if faults: raise DatasetError(faults)
     return _summary(root, codes, [o for _,o in found])

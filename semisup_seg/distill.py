@@ -89,8 +89,16 @@ class Run:
         self.record['stages'][stage] = facts
         with atomic(self.file) as f: f.write_text(json.dumps(self.record, indent=1), encoding='utf-8')
 
-# %% ../nbs/40_distill.ipynb #ab809e23
+# %% ../nbs/40_distill.ipynb #bad7775f
 OUTPUTS = 'annotations', 'annotations.csv', 'report.json', 'report.html', 'run.json'
+
+def _read_run(file):
+    "The record in `file`, None if there is none; a `ValueError` if it cannot be read"
+    if not file.is_file(): return None
+    try: old = json.loads(file.read_text(encoding='utf-8'))
+    except ValueError: old = {}
+    if not {'args', 'data', 'stages'} <= set(old): raise ValueError(f'{file}: is not the record of a run; choose a new folder')
+    return old
 
 def open_run(
     out:str|Path,  # Where the results go
@@ -100,7 +108,7 @@ def open_run(
 )->Run:
     "The run in `out`, begun or taken up again; a `ValueError` if something else is there"
     out,run = Path(out), Run(out, args, data)
-    old = json.loads(run.file.read_text(encoding='utf-8')) if run.file.is_file() else None
+    old = _read_run(run.file)
     if old is None and out.is_dir() and any(out.iterdir()): raise ValueError(f'out: {out} holds files that no run has written; choose a new folder')
     if old and resume:
         asked = json.loads(json.dumps(run.asked))
@@ -139,7 +147,7 @@ def _train(run, role, pair, dls, pretrained, seed, schedule):
     run.finish(role, history=learn.history, steps=len(dls.train)*len(learn.history), seconds=round(time.time()-start, 1))
     return learn
 
-# %% ../nbs/40_distill.ipynb #339bc1c6
+# %% ../nbs/40_distill.ipynb #f0aae839
 @dataclass
 class Result:
     "What a routine gives back"
@@ -148,7 +156,7 @@ class Result:
     annotations:Annotations # The pseudo-labels; None without a teacher
     out:Path                # The folder with everything
     def __repr__(self): return f'{self.report}\n\n{self.out/"report.html"}'
-    def _repr_html_(self): return self.report._repr_html_()
+    def _repr_markdown_(self): return self.report._repr_markdown_()
 
 def _label(run, learn, views, path, size, bs):
     "The pseudo-labels of the unlabelled images by `learn`, or those that were written already"

@@ -6,15 +6,15 @@ Docs: https://semisup-seg.github.io/semisup_seg/learner.html.md"""
 
 # %% auto #0
 __all__ = ['overlap_counts', 'dice', 'jaccard', 'Overlap', 'OverlapView', 'overlap_metrics', 'CEDiceLoss', 'encoder_decoder',
-           'bar', 'log_row', 'LogRows', 'seg_learner', 'KeepBest', 'find_lr', 'fit', 'save_model', 'load_model',
-           'batches', 'to_tensor', 'to_mask', 'predict']
+           'log_row', 'LogRows', 'seg_learner', 'KeepBest', 'find_lr', 'fit', 'save_model', 'load_model', 'batches',
+           'to_tensor', 'to_mask', 'predict']
 
-# %% ../nbs/20_learner.ipynb #1476efe0
-import json, sys, tempfile
+# %% ../nbs/20_learner.ipynb #d683d800
+import json, tempfile
 from pathlib import Path
 
 import semisup_seg.models.smp  # registers its networks  # chkstyle: ignore
-from .core import IGNORE, atomic, load_image, parse_codes
+from .core import IGNORE, atomic, bar, load_image, on_screen, parse_codes
 from .data import check_size, resize_image
 from .models.core import SegNet, build_model
 
@@ -26,8 +26,6 @@ from fastai.callback.schedule import *
 from fastai.callback.tracker import EarlyStoppingCallback, TrackerCallback
 from fastai.learner import Learner, Metric
 from fastai.torch_core import params
-from fastcore.imports import IN_NOTEBOOK
-from fastprogress.fastprogress import progress_bar
 from torch import Tensor, nn
 
 # %% ../nbs/20_learner.ipynb #81f6ae58
@@ -98,15 +96,7 @@ def encoder_decoder(model):
     ids = {id(p) for p in enc}
     return [enc, [p for p in params(model) if id(p) not in ids]]
 
-# %% ../nbs/20_learner.ipynb #87b2922d
-def _on_screen(): return IN_NOTEBOOK or sys.stdout.isatty()
-
-def bar(
-    items, # What to go through; its length is known
-):
-    "`items`, with a progress bar where one can be drawn"
-    return progress_bar(items, leave=False) if _on_screen() else items
-
+# %% ../nbs/20_learner.ipynb #0473923a
 def log_row(
     row:list, # Names, or the numbers of an epoch
 ):
@@ -120,7 +110,7 @@ class LogRows(Callback):
     def before_fit(self):
         if not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds'): self.learn.logger(self.recorder.metric_names)
 
-# %% ../nbs/20_learner.ipynb #e7e9daaa
+# %% ../nbs/20_learner.ipynb #3b17b959
 def seg_learner(
     dls,                # From `seg_dls`
     name:str,           # Network, one of `networks`
@@ -132,7 +122,7 @@ def seg_learner(
     model.codes,model.size = dls.codes,dls.size
     learn = Learner(dls, model, loss_func=CEDiceLoss(), splitter=encoder_decoder, metrics=overlap_metrics(dls.codes.names), path=tempfile.gettempdir())
     learn.pretrained = bool(pretrained)
-    if not _on_screen():
+    if not on_screen():
         learn.remove_cb(ProgressCallback)
         learn.add_cb(LogRows()).logger = log_row
     return learn.to_fp16() if torch.cuda.is_available() else learn

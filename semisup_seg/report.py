@@ -55,7 +55,7 @@ def interval(
     means = np.random.default_rng(seed).choice(v, (n, len(v))).mean(1)
     return float(v.mean()), *map(float, np.percentile(means, [2.5, 97.5]))
 
-# %% ../nbs/41_report.ipynb #6ec52495
+# %% ../nbs/41_report.ipynb #d269ce3e
 @dataclass
 class Report:
     "Scores of a target, and of a baseline on the same images if there is one"
@@ -80,7 +80,9 @@ class Report:
     def verdict(self): return verdict(self)
     def __str__(self): return '\n'.join(['  '.join(f'{c:<24}' for c in r).rstrip() for r in table_rows(self)] + ['', self.verdict()])
     __repr__ = __str__
-    def _repr_html_(self): return f'{_table(table_rows(self))}<p>{html.escape(self.verdict())}</p>'
+    def _repr_markdown_(self):
+        head,*rows = ['| ' + ' | '.join(r) + ' |' for r in table_rows(self)]
+        return '\n'.join([head, '|---'*len(table_rows(self)[0]) + '|', *rows, '', self.verdict()])
 
 # %% ../nbs/41_report.ipynb #08f6ca76
 def verdict(

@@ -55,6 +55,8 @@ def test_api_page(site, page):
     assert main.locator('#check_dataset').count()
     signature = main.locator('pre', has_text='def check_dataset').first.inner_text()
     assert 'path' in signature and '# The data set folder' in signature
+    check_images(main)
+    assert page.locator('.nav-page-next a').count()
 
 def test_quickstart(site, page):
     main = visit(page, site/'tutorials/quickstart.html')
