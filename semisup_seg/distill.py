@@ -8,7 +8,7 @@ Docs: https://semisup-seg.github.io/semisup_seg/distill.html.md"""
 __all__ = ['VERSIONS', 'OUTPUTS', 'check_run', 'fingerprint', 'Run', 'open_run', 'model_file', 'Result', 'distill',
            'data_distillation', 'simple_training']
 
-# %% ../nbs/40_distill.ipynb #2fec4626
+# %% ../nbs/40_distill.ipynb #fab377aa
 import hashlib, json, shutil, time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from .annotate import Annotations, annotate, read_annotations
 from .core import DatasetError, atomic, check_dataset, split_files, unlabeled_files
 from .data import check_size, seg_dls
 from .learner import fit, save_model, load_model, seg_learner
-from .models.core import _find_weights, check_request
+from .models.core import _find_weights, build_model, check_request
 from .report import Report, make_report, save_report
 from .views import get_views
 
@@ -40,7 +40,7 @@ def _check_out(out, path):
     if out==path or path in out.parents or out in path.parents: raise ValueError(f'out: {out} and the data set {path} must not contain each other; nothing is written beside the data')
     if out.is_file(): raise ValueError(f'out: {out} is a file, not a folder')
 
-# %% ../nbs/40_distill.ipynb #bec960c1
+# %% ../nbs/40_distill.ipynb #1a738628
 def _check_numbers(**numbers):
     "Each value is `(number, lowest allowed)`"
     for k,(v,low) in numbers.items():
@@ -63,6 +63,7 @@ def check_run(
         if min(size)<low: raise ValueError(f'size is {size}; {name} needs at least {low} pixels a side')
     summary = check_dataset(path)
     if bases and 'unlabeled' not in summary.counts: raise DatasetError(f'{path}: no folder unlabeled_images; distillation needs images without labels')
+    for pair in {*bases, target}: build_model(*pair)
     for b in {b for _,b in [*bases, target] if b and pretrained}: _find_weights(pretrained, b)
     return bases, target, [v.name for v in views], size, summary
 

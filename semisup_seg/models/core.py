@@ -45,7 +45,7 @@ class SegNet(nn.Module):
         x = F.pad((x-self.mean)/self.std, (0, -w%32, 0, -h%32), mode='replicate')
         return self.net(x)[..., :h, :w]
 
-# %% ../../nbs/10_models.core.ipynb #676b165e
+# %% ../../nbs/10_models.core.ipynb #674142d3
 @dataclass(frozen=True)
 class Network:
     "What is known of a network before it is built"
@@ -55,21 +55,23 @@ class Network:
     paper:str      # Address of the paper
     backbone:str   # Encoder where the caller names none; None for a network with an encoder of its own
     min_size:int   # Smallest side of an image, pixels
+    aliases:tuple  # Other names it goes by
 
 networks = {}
 
-# %% ../../nbs/10_models.core.ipynb #3694702e
+# %% ../../nbs/10_models.core.ipynb #0713a4d0
 def register(
     name:str,          # As in its paper
     idea:str,          # In about five words
     paper:str,         # Address of the paper
     backbone:str=None, # Encoder where the caller names none; None for a network with an encoder of its own
     min_size:int=32,   # Smallest side of an image, pixels
+    aliases:tuple=(),  # Other names it goes by
 ):
     "Decorator that files a function `(backbone, n_out, n_in)` as the builder of the network `name`"
     def _add(build):
         if name in networks and networks[name].build.__qualname__!=build.__qualname__: raise ValueError(f'The network {name!r} is registered already')
-        networks[name] = Network(name, build, idea, paper, backbone, min_size)
+        networks[name] = Network(name, build, idea, paper, backbone, min_size, aliases)
         return build
     return _add
 
@@ -145,13 +147,13 @@ def load_encoder(
     if bad: raise ValueError(f'The weights do not fit the encoder: {len(bad)} of {len(own)} tensors are missing or have another shape, first {bad[0]!r}')
     encoder.load_state_dict(new)
 
-# %% ../../nbs/10_models.core.ipynb #6b8443b4
+# %% ../../nbs/10_models.core.ipynb #4d6c4a57
 def check_request(
     name:str,          # Network
     backbone:str=None, # timm encoder
 )->tuple:              # The `Network` and the encoder's timm name, or None
     "Find network and encoder by name; a `ValueError` with the nearest match if there is none"
-    net = pick(name, networks, 'network')
+    net = pick(name, networks | {a: n for n in networks.values() for a in n.aliases}, 'network')
     if net.backbone is None:
         if backbone is not None: raise ValueError(f'{net.name} has an encoder of its own; backbone must be None, got {backbone!r}')
         return net, None
@@ -171,7 +173,7 @@ def _find_weights(pretrained, backbone):
     if isinstance(pretrained, (str, Path)): return file_weights(pretrained)
     return packaged_weights(backbone) or hub_weights(backbone)
 
-# %% ../../nbs/10_models.core.ipynb #0a479294
+# %% ../../nbs/10_models.core.ipynb #2669e535
 def build_model(
     name:str,               # One of `networks`, case, spaces and hyphens forgiven
     backbone:str=None,      # timm encoder; the network's own choice if None
@@ -184,6 +186,8 @@ def build_model(
     for k,v,low in (('n_out', n_out, 2), ('n_in', n_in, 1)):
         if not isinstance(v, int) or v<low: raise ValueError(f'{k} is {v!r}; expected a whole number of at least {low}')
     weights = _find_weights(pretrained, backbone) if pretrained else None
-    model = SegNet(net.build(backbone, n_out, n_in), dict(name=net.name, backbone=backbone, n_out=n_out, n_in=n_in), *_norm(backbone, n_in), net.min_size)
+    try: bare = net.build(backbone, n_out, n_in)
+    except Exception as e: raise ValueError(f'{net.name} cannot be built over {backbone!r}: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
+    model = SegNet(bare, dict(name=net.name, backbone=backbone, n_out=n_out, n_in=n_in), *_norm(backbone, n_in), net.min_size)
     if weights: load_encoder(model.encoder, weights, n_in)
     return model

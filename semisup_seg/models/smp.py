@@ -24,8 +24,8 @@ def unet(
     "U-Net (Ronneberger et al. 2015, figure 1) over a timm encoder"
     return smp.Unet(**_encoder(backbone, n_in), classes=n_out)
 
-# %% ../../nbs/19_models.smp.ipynb #0456022b
-@register('DeepLabV3+', 'atrous pyramid, one skip', 'https://arxiv.org/abs/1802.02611', backbone='resnet50')
+# %% ../../nbs/19_models.smp.ipynb #5219f0f4
+@register('DeepLabV3+', 'atrous pyramid, one skip', 'https://arxiv.org/abs/1802.02611', backbone='resnet50', aliases=('DeepLab',))
 def deeplabv3plus(
     backbone:str, # timm encoder that can be dilated
     n_out:int,    # Classes
