@@ -9,12 +9,12 @@ __all__ = ['COLUMNS', 'opinions', 'agreement', 'vote', 'Annotations', 'read_anno
            'write_masks']
 
 # %% ../nbs/31_annotate.ipynb #678e9205
-import csv
+import csv, re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import DatasetError, atomic, bar, image_files, load_image, load_mask, overlay, show_rows
+from .core import DatasetError, atomic, check_numbers, bar, image_files, load_image, load_mask, overlay, show_rows
 from .data import check_size
 from .learner import _model, batches, dice, overlap_counts, predict, to_mask, to_tensor
 from .views import get_views
@@ -86,9 +86,10 @@ def read_annotations(
     "The annotations that an earlier call of `annotate` left in `out`"
     f = Path(out)/'annotations.csv'
     if not f.is_file(): raise ValueError(f'{f}: no such file; annotate writes it when all images are done')
-    with open(f, newline='', encoding='utf-8') as o: rows = list(csv.DictReader(o))
-    try: rows = [dict(r, confidence=float(r['confidence']), agreement=float(r['agreement']), used=r['used']=='True') for r in rows]
-    except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{f}: is not a table of annotations ({e})') from e
+    with open(f, newline='', encoding='utf-8') as o: rows,names = list(r := csv.DictReader(o)), r.fieldnames
+    if names is None or not set(COLUMNS)<=set(names): raise ValueError(f'{f}: is not a table of annotations; it needs the columns {", ".join(COLUMNS)}')
+    try: rows = [dict(r, confidence=float(r['confidence']), agreement=float(r['agreement']), used=dict(true=True, false=False)[r['used'].lower()]) for r in rows]
+    except (AttributeError, KeyError, TypeError, ValueError) as e: raise ValueError(f'{f}: is not a table of annotations ({e})') from e
     return Annotations(Path(out), rows)
 
 def show_annotations(
@@ -105,7 +106,8 @@ def show_annotations(
 # %% ../nbs/31_annotate.ipynb #f2c34c09
 def _check_files(files):
     "`files` as a list of paths; a `ValueError` if there is none or two would share a mask"
-    files = [Path(o) for o in (image_files(files) if isinstance(files, (str, Path)) and Path(files).is_dir() else files)]
+    if isinstance(files, (str, Path)): files = image_files(files) if Path(files).is_dir() else [files]
+    files = [Path(o) for o in files]
     if not files: raise ValueError('files: no images to annotate')
     gone = [str(f) for f in files if not f.is_file()]
     if gone: raise DatasetError([f'{f}: no such file' for f in gone])
@@ -121,14 +123,23 @@ def _check_teachers(teachers):
         if m.codes is None or m.codes!=models[0].codes: raise ValueError(f'teachers: {m.config["name"]} knows the classes {m.codes and m.codes.names}, {models[0].config["name"]} knows {models[0].codes and models[0].codes.names}; they must be the same')
     return models
 
-def _fresh_folder(out):
-    "`out/annotations`, emptied of an earlier run's masks; a `ValueError` if it holds anything else"
-    folder = Path(out)/'annotations'
-    folder.mkdir(parents=True, exist_ok=True)
-    other = [f.name for f in folder.iterdir() if f.suffix!='.png']
+def _own_masks(out):
+    "Names of the masks that earlier calls wrote in `out`: those of its table, and of a call that was cut off"
+    journal = out/'annotations/.unfinished'
+    own = set(journal.read_text(encoding='utf-8').splitlines()) if journal.is_file() else set()
+    return own | ({Path(r['mask']).name for r in read_annotations(out).rows} if (out/'annotations.csv').is_file() else set())
+
+def _fresh_folder(out, files):
+    "`out/annotations`, emptied of what earlier calls wrote; a `ValueError` if it holds anything else"
+    if out.is_file(): raise ValueError(f'out: {out} is a file, not a folder')
+    folder,own = out/'annotations', _own_masks(out)
+    if any(f.parent.resolve()==folder.resolve() for f in files): raise ValueError(f'out: {folder} holds the images themselves; choose another folder')
+    old = [f for f in folder.iterdir() if f.name!='.unfinished'] if folder.is_dir() else []
+    other = [f.name for f in old if re.sub(r'^\.\d+-', '', f.name) not in own]
     if other: raise ValueError(f'{folder}: holds {other[0]!r}, which no run has written; choose another folder')
-    (Path(out)/'annotations.csv').unlink(missing_ok=True)
-    for f in folder.iterdir(): f.unlink()
+    with atomic(folder/'.unfinished') as f: f.write_text('\n'.join(own | {f'{o.stem}.png' for o in files}), encoding='utf-8')
+    (out/'annotations.csv').unlink(missing_ok=True)
+    for f in old: f.unlink()
     return folder
 
 # %% ../nbs/31_annotate.ipynb #5b785fa6
@@ -143,8 +154,11 @@ def annotate(
 )->Annotations:
     "Let `teachers` vote on each of `files` under each of `views`, and write the masks"
     models,views,files = _check_teachers(teachers), get_views(views), _check_files(files)
-    size,rows = check_size(size or models[0].size), []
-    folder = _fresh_folder(out)
+    check_numbers(bs=(bs, 1))
+    size,rows,out = check_size(size or models[0].size), [], Path(out)
+    for m in models:
+        if min(size)<m.min_size: raise ValueError(f'size is {size}; {m.config["name"]} needs at least {m.min_size} pixels a side')
+    folder = _fresh_folder(out, files)
     for i in bar(range(0, len(files), bs)):
         arrays,sizes = next(batches(files[i:i+bs], size, bs))
         probs,agree = vote(opinions(models, arrays, views))
@@ -152,7 +166,9 @@ def annotate(
             mask,conf = to_mask(p, s)
             with atomic(folder/f'{f.stem}.png') as tmp: Image.fromarray(models[0].codes.decode(mask)).save(tmp, 'png')
             rows.append(dict(image=str(f), mask=f'annotations/{f.stem}.png', confidence=round(float(conf.mean()), 5), agreement=round(float(a), 5), used=True))
-    return Annotations(Path(out), rows).save()
+    ann = Annotations(out, rows).save()
+    (folder/'.unfinished').unlink()
+    return ann
 
 # %% ../nbs/31_annotate.ipynb #59a6b6fd
 def write_masks(
@@ -162,7 +178,9 @@ def write_masks(
     bs:int=8,     # Images per batch
 )->list:          # The files written
     "Write what `model` sees in each of `files`"
+    check_numbers(bs=(bs, 1))
     files,codes,out = _check_files(files), _model(model).codes, Path(out)
+    if codes is None: raise ValueError('The model has no classes yet: train it with seg_learner first')
     if out.is_file(): raise ValueError(f'out: {out} is a file, not a folder')
     if any(f.parent.resolve()==out.resolve() for f in files): raise ValueError(f'out: {out} holds the images themselves; choose another folder')
     for i in bar(range(0, len(files), bs)):

@@ -20,7 +20,7 @@ with warnings.catch_warnings():
 import albumentations as A, numpy as np, torch
 from PIL import Image
 
-from .core import IGNORE, DatasetError, cmap, load_image, load_mask, read_codes, split_files
+from .core import IGNORE, DatasetError, check_numbers, cmap, load_image, load_mask, read_codes, split_files
 
 # %% ../nbs/01_data.ipynb #c61de816
 def check_size(
@@ -96,7 +96,7 @@ def seg_dls(
 )->DataLoaders:              # Training, validation and, if the folder has one, test set
     "The data set in `path` as fastai `DataLoaders`"
     size,codes = check_size(size), read_codes(path)
-    if not isinstance(bs, int) or bs<1: raise ValueError(f'bs is {bs!r}; expected a whole number of images, at least 1')
+    check_numbers(bs=(bs, 1))
     labels,lists = _items(path, pseudo, epoch_len, bs)
     ends = np.cumsum([0, *map(len, lists)])
     tfms = [Resize(size, method=ResizeMethod.Squish)] + ([Augment(augment())] if augment else [])

@@ -15,10 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .annotate import Annotations, annotate, read_annotations
-from .core import DatasetError, atomic, check_dataset, split_files, unlabeled_files
+from .core import DatasetError, atomic, check_dataset, check_numbers, check_rates, split_files, unlabeled_files
 from .data import check_size, seg_dls
 from .learner import fit, save_model, load_model, seg_learner
-from .models.core import _find_weights, build_model, check_request
+from .models.core import build_model, check_request
 from .report import Report, make_report, save_report
 from .views import get_views
 
@@ -41,11 +41,6 @@ def _check_out(out, path):
     if out.is_file(): raise ValueError(f'out: {out} is a file, not a folder')
 
 # %% ../nbs/40_distill.ipynb #1a738628
-def _check_numbers(**numbers):
-    "Each value is `(number, lowest allowed)`"
-    for k,(v,low) in numbers.items():
-        if not isinstance(v, int) or isinstance(v, bool) or v<low: raise ValueError(f'{k} is {v!r}; expected a whole number of at least {low}')
-
 def check_run(
     bases:list,    # `(architecture, backbone)` of each teacher
     target:tuple,  # `(architecture, backbone)`
@@ -63,8 +58,7 @@ def check_run(
         if min(size)<low: raise ValueError(f'size is {size}; {name} needs at least {low} pixels a side')
     summary = check_dataset(path)
     if bases and 'unlabeled' not in summary.counts: raise DatasetError(f'{path}: no folder unlabeled_images; distillation needs images without labels')
-    for pair in {*bases, target}: build_model(*pair)
-    for b in {b for _,b in [*bases, target] if b and pretrained}: _find_weights(pretrained, b)
+    for name,backbone in {*bases, target}: build_model(name, backbone, pretrained=pretrained if backbone else False)
     return bases, target, [v.name for v in views], size, summary
 
 # %% ../nbs/40_distill.ipynb #35cbd5d3
@@ -131,8 +125,10 @@ def model_file(
     "Where the weights of a network are kept"
     return Path(out)/('_'.join([role, *filter(None, pair)]) + '.pth')
 
-def _train(run, role, pair, dls, pretrained, seed, schedule):
-    "A `Learner` for `pair`, trained on `dls` and saved, or loaded where this stage is done"
+def _train(run, role, pair, data, pretrained, seed, schedule):
+    "A `Learner` for `pair`, trained on `data`, the arguments of `seg_dls`, and saved, or loaded where this stage is done"
+    set_seed(seed, reproducible=True)  # first: the loaders draw their own seed when they are made
+    dls = seg_dls(**data)
     file,name = model_file(run.file.parent, role, pair), f'{role} {" / ".join(filter(None, pair))}'
     if (facts := run.done(role)):
         print(f'{name}: already trained', flush=True)
@@ -141,7 +137,6 @@ def _train(run, role, pair, dls, pretrained, seed, schedule):
         learn.history = facts['history']
         return learn
     print(f'{name}: {len(dls.train)} steps an epoch', flush=True)
-    set_seed(seed, reproducible=True)
     start,learn = time.time(), seg_learner(dls, *pair, pretrained=pretrained if pair[1] else False)
     fit(learn, **schedule)
     save_model(learn, file)
@@ -191,18 +186,19 @@ def distill(
     resume:bool=True,        # Go on with an interrupted run of the same call; False: start afresh
 )->Result:
     "Teachers × views → vote → pseudo-labels → a target trained on all images → a report"
-    _check_numbers(bs=(bs, 1), epochs=(epochs, 1), freeze_epochs=(freeze_epochs, 0), seed=(seed, 0))
+    check_rates(lr=1. if lr is None else lr)
+    check_numbers(bs=(bs, 2), epochs=(epochs, 1), freeze_epochs=(freeze_epochs, 0), seed=(seed, 0))
     bases,target,views,size,summary = check_run(bases, target, views, path, out, size, pretrained)
     if len(bases)>1: raise ValueError(f'bases: {len(bases)} teachers given; one is supported')
     schedule = dict(epochs=epochs, freeze_epochs=freeze_epochs, lr=lr)
     weights = pretrained if isinstance(pretrained, bool) else str(pretrained)
     run = open_run(out, dict(bases=bases, target=target, views=views, bs=bs, size=size, **schedule, seed=seed, pretrained=weights), fingerprint(path), resume)
-    teacher = ann = None
+    teacher,ann,data = None,None,dict(path=path, size=size, bs=bs)
     if bases:
         n = summary.counts['train'] + summary.counts['unlabeled']
-        teacher = _train(run, 'base', bases[0], seg_dls(path, size, bs, epoch_len=n), pretrained, seed, schedule)
+        teacher = _train(run, 'base', bases[0], dict(data, epoch_len=n), pretrained, seed, schedule)
         ann = _label(run, teacher, views, path, size, bs)
-    learn = _train(run, 'target', target, seg_dls(path, size, bs, pseudo=ann and ann.pairs), pretrained, seed+1, schedule)
+    learn = _train(run, 'target', target, dict(data, pseudo=ann and ann.pairs), pretrained, seed+1, schedule)
     histories = {k: l.history for k,l in (('teacher', teacher), ('target', learn)) if l}
     report = make_report(learn, path, teacher, histories, ann, _settings(run, summary), bs)
     print(f'report: {save_report(report, out)}', flush=True)

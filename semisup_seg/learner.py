@@ -14,7 +14,7 @@ import json, tempfile
 from pathlib import Path
 
 import semisup_seg.models.smp  # registers its networks  # chkstyle: ignore
-from .core import IGNORE, atomic, bar, load_image, on_screen, parse_codes
+from .core import IGNORE, atomic, check_numbers, check_rates, bar, load_image, on_screen, parse_codes
 from .data import check_size, resize_image
 from .models.core import SegNet, build_model
 
@@ -165,7 +165,8 @@ def fit(
     patience:int=None,   # Stop after this many epochs without a better Dice; None: never
 )->Learner:
     "Train `learn` in place and keep the weights of its best epoch"
-    if epochs<1 or freeze_epochs<0: raise ValueError(f'epochs={epochs}, freeze_epochs={freeze_epochs}: expected at least 1 and 0')
+    check_numbers(epochs=(epochs, 1), freeze_epochs=(freeze_epochs, 0), find_steps=(find_steps, 1), patience=(0 if patience is None else patience, 0))
+    check_rates(lr=1. if lr is None else lr, frozen_lr=frozen_lr)
     learn.history = []
     if freeze_epochs and learn.pretrained:
         learn.freeze()
@@ -205,7 +206,8 @@ def load_model(
         model = build_model(cfg['name'], cfg['backbone'], cfg['n_out'], n_in=cfg['n_in'])
         model.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
         model.codes,model.size = parse_codes(cfg['codes']), check_size(cfg['size'])
-    except Exception as e: raise ValueError(f'{path}: is not a model of this package ({type(e).__name__}: {str(e).splitlines()[0]})') from e
+        if len(model.codes)!=cfg['n_out']: raise ValueError(f'{len(model.codes)} classes for {cfg["n_out"]} outputs')
+    except Exception as e: raise ValueError(f'{path}: is not a model of this package ({type(e).__name__}: {str(e).partition(chr(10))[0]})') from e
     return model.to(memory_format=torch.channels_last).eval()
 
 # %% ../nbs/20_learner.ipynb #da8caa3e
@@ -239,6 +241,7 @@ def predict(
 )->list:                  # Class indices, uint8 `(h, w)`, at each image's own size; a single one for a single image
     "The masks that `model` sees in `images`; `model.codes.decode` turns them into pixel values"
     if not isinstance(images, (list, tuple)): return predict(model, [images], size, bs)[0]
+    check_numbers(bs=(bs, 1))
     model = _model(model).eval()
     dev,res = next(model.parameters()).device, []
     size = check_size(size or model.size)

