@@ -123,6 +123,7 @@ def _check_teachers(teachers):
         if m.codes is None or m.codes!=models[0].codes: raise ValueError(f'teachers: {m.config["name"]} knows the classes {m.codes and m.codes.names}, {models[0].config["name"]} knows {models[0].codes and models[0].codes.names}; they must be the same')
     return models
 
+# %% ../nbs/31_annotate.ipynb #b8f2db14
 def _own_masks(out):
     "Names of the masks that earlier calls wrote in `out`: those of its table, and of a call that was cut off"
     journal = out/'annotations/.unfinished'

@@ -51,6 +51,7 @@ def pick(
     some = list(options) if len(options)<=40 else [*difflib.get_close_matches(str(name), list(options), 8, cutoff=0), f'… {len(options)} in all']
     raise ValueError(f'Unknown {what} {name!r}.{hint} Allowed: {", ".join(some)}')
 
+# %% ../nbs/00_core.ipynb #44c19569
 def check_numbers(**numbers):
     "Refuse a value that is no whole number, or too low; each is `(value, lowest allowed)`"
     for k,(v,low) in numbers.items():
