@@ -175,7 +175,7 @@ def fit(
     learn.unfreeze()
     lr = lr or find_lr(learn, find_steps)
     stop = [] if patience is None else [EarlyStoppingCallback('dice', patience=patience)]
-    learn.fit_one_cycle(epochs, slice(lr/10, lr) if learn.pretrained else lr, cbs=[KeepBest(), *stop])
+    learn.fit_one_cycle(epochs, lr, cbs=[KeepBest(), *stop])
     learn.history += _history(learn, 'all')
     return learn
 
