@@ -43,7 +43,7 @@ def test_metadata(metadata):
     assert metadata['Requires-Python']==f">={cfg['min_python']}"
     assert set(metadata.get_all('Provides-Extra'))=={'offline', 'dev', 'docs'}
     assert metadata['Description-Content-Type']=='text/markdown'
-    assert metadata.get_payload().strip()==(root/'README.md').read_text(encoding='utf-8').strip()
+    assert metadata.get_payload(decode=True).decode().strip()==(root/'README.md').read_text(encoding='utf-8').strip()
     for v in cfg['python_versions'].split(): assert f'Programming Language :: Python :: {v}' in metadata.get_all('Classifier')
 
 def test_requirements(metadata):
