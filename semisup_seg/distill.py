@@ -76,7 +76,11 @@ VERSIONS = 'torch', 'fastai', 'timm', 'segmentation-models-pytorch', 'albumentat
 
 class Run:
     "The record of a run in `out/run.json`: what was asked for, and which stages are done"
-    def __init__(self, out, args, data):
+    def __init__(self,
+        out,  # The folder of the run
+        args, # What was asked for, as a dict
+        data, # Fingerprint of the data
+    ):
         self.file,self.asked = Path(out)/'run.json', dict(args=args, data=data)
         self.record = dict(self.asked, versions={k: version(k) for k in VERSIONS}, stages={})
     def done(self, stage): return self.record['stages'].get(stage)
@@ -212,18 +216,18 @@ def data_distillation(
     views:list,     # Names of `views`, at least one
     path:str|Path,  # The data set folder
     out:str|Path,   # Where the results go
-    **options,      # As in `distill`
+    **kwargs,       # As in `distill`
 )->Result:
     "One teacher votes on several views of each unlabelled image (Radosavovic et al. 2018); the target learns from its labels too"
     if not get_views(views): raise ValueError('views: none given; data distillation needs at least one')
-    return distill([base], target, views, path, out, **options)
+    return distill([base], target, views, path, out, **kwargs)
 
 @delegates(distill)
 def simple_training(
     target:tuple,   # `(architecture, backbone)`
     path:str|Path,  # The data set folder
     out:str|Path,   # Where the results go
-    **options,      # As in `distill`
+    **kwargs,       # As in `distill`
 )->Result:
     "Train on the labelled images alone, and report"
-    return distill([], target, [], path, out, **options)
+    return distill([], target, [], path, out, **kwargs)

@@ -92,7 +92,7 @@ def verdict(
     start = '' if report.split=='test' else 'There is no test set: the validation set chose the model and judges it here, which flatters. '
     v = report.values('target', 'dice') - (report.values('baseline', 'dice') if report.baseline else 0)
     n,(m,lo,hi) = int((~np.isnan(v)).sum()), interval(v)
-    if not n: return f'{start}No image could be scored: none holds a class besides {"the first"}.'
+    if not n: return f'{start}No image could be scored: neither truth nor prediction holds a class besides the first.'
     if not report.baseline: return f'{start}Mean Dice {m:.3f} on {n} images.'
     if n<2: return f'{start}Difference in mean Dice {m:+.3f} on one image: too few to say anything.'
     said = 'the target is better' if lo>0 else 'the target is worse' if hi<0 else 'no gain shown, the interval includes zero'

@@ -1,5 +1,6 @@
 "Runs: their outputs, their seed, going on after an interruption, and what they refuse before they begin"
 import csv, json, os, random
+from inspect import signature
 
 import numpy as np, pytest, timm, torch
 from conftest import NET, SIZE, make_discs, save, tree
@@ -7,7 +8,7 @@ from PIL import Image
 
 import semisup_seg.annotate as N, semisup_seg.distill as D
 from semisup_seg.core import DatasetError, check_dataset, load_image, load_mask
-from semisup_seg.distill import data_distillation, simple_training
+from semisup_seg.distill import data_distillation, distill, simple_training
 from semisup_seg.learner import load_model, predict
 
 OPTIONS = dict(size=SIZE, bs=4, epochs=1, freeze_epochs=0, lr=1e-3, pretrained=False)
@@ -261,3 +262,10 @@ def test_simple_training_without_test_set(tmp_path, counted):
 def test_simple_training_on_the_test_set(trained_discs, tmp_path):
     res = simple_training(NET, trained_discs, tmp_path/'out', **OPTIONS)
     assert res.report.split=='test' and 'There is no test set' not in (tmp_path/'out/report.html').read_text() and not (tmp_path/'out/annotations.csv').exists()
+
+@pytest.mark.parametrize('routine', [data_distillation, simple_training])
+def test_routines_list_every_option(routine):
+    ours = signature(routine).parameters
+    options = {k: p for k,p in signature(distill).parameters.items() if p.default is not p.empty}
+    assert len(options)>=8 and {k: ours[k].default for k in options}=={k: p.default for k,p in options.items()}
+    assert not [p for p in ours.values() if p.kind is p.VAR_KEYWORD]
