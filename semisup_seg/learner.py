@@ -203,7 +203,7 @@ def load_model(
         if not f.is_file(): raise ValueError(f'{f}: no such file; a model is a .pth and a .json of the same name')
     try:
         cfg = json.loads(path.with_suffix('.json').read_text(encoding='utf-8'))
-        model = build_model(cfg['name'], cfg['backbone'], cfg['n_out'], n_in=cfg['n_in'])
+        model = build_model(**{k: v for k,v in cfg.items() if k not in ('codes', 'size')})
         model.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
         model.codes,model.size = parse_codes(cfg['codes']), check_size(cfg['size'])
         if len(model.codes)!=cfg['n_out']: raise ValueError(f'{len(model.codes)} classes for {cfg["n_out"]} outputs')

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .annotate import Annotations
-from .core import DatasetError, atomic, load_image, load_mask, overlay, split_files
+from .core import DatasetError, Table, atomic, load_image, load_mask, overlay, split_files
 from .learner import _model, dice, jaccard, overlap_counts, predict
 
 import numpy as np, torch
@@ -78,11 +78,9 @@ class Report:
         return dict(res, settings=self.settings, per_image=dict(target=self.target, baseline=self.baseline))
 
     def verdict(self): return verdict(self)
-    def __str__(self): return '\n'.join(['  '.join(f'{c:<24}' for c in r).rstrip() for r in table_rows(self)] + ['', self.verdict()])
+    def __str__(self): return f'{Table(table_rows(self))}\n\n{self.verdict()}'
     __repr__ = __str__
-    def _repr_markdown_(self):
-        head,*rows = ['| ' + ' | '.join(r) + ' |' for r in table_rows(self)]
-        return '\n'.join([head, '|---'*len(table_rows(self)[0]) + '|', *rows, '', self.verdict()])
+    def _repr_markdown_(self): return f'{Table(table_rows(self))._repr_markdown_()}\n\n{self.verdict()}'
 
 # %% ../nbs/41_report.ipynb #08f6ca76
 def verdict(
