@@ -163,8 +163,8 @@ def load_encoder(
     "Fill every tensor of `encoder` from `weights`; a `ValueError` names what is missing or does not fit"
     src,own = {_canon(k): v for k,v in weights.items()}, encoder.state_dict()
     new = {k: src.get(_canon(k)) for k in own}
-    first = next(iter(new))
-    if new[first] is not None and own[first].dim()==4 and n_in!=3: new[first] = adapt_input_conv(n_in, new[first])
+    first = next(k for k,v in own.items() if v.dim()==4)
+    if new[first] is not None and n_in!=3: new[first] = adapt_input_conv(n_in, new[first])
     bad = [k for k,v in own.items() if new[k] is None or new[k].shape!=v.shape]
     if bad: raise ValueError(f'The weights do not fit the encoder: {len(bad)} of {len(own)} tensors are missing or have another shape, first {bad[0]!r}')
     encoder.load_state_dict(new)
@@ -266,9 +266,8 @@ def cost(
     size:int=320,      # Side of the image, pixels
 )->tuple:              # Parameters, and multiply-adds for one image
     "What the network `name` takes to hold and to run"
-    with torch.device('meta'):
-        model = build_model(name, backbone, n_out).eval()
-        with FlopCounterMode(display=False) as ops: model(torch.zeros(1, 3, size, size))
+    model = build_model(name, backbone, n_out).eval().to('meta')
+    with FlopCounterMode(display=False) as ops: model(torch.zeros(1, 3, size, size, device='meta'))
     return n_params(model), ops.get_total_flops()//2
 
 def n_params(
@@ -278,6 +277,12 @@ def n_params(
     return sum(p.numel() for p in m.parameters())
 
 # %% ../../nbs/10_models.core.ipynb #571d0f5e
+def _parts(m, prefix=''):
+    "Names and modules of the parts of `m` that are called one by one"
+    for k,c in m.named_children():
+        if isinstance(c, nn.ModuleList) or len(list(m.children()))==1: yield from _parts(c, f'{prefix}{k}.')
+        elif n_params(c): yield f'{prefix}{k}', c
+
 @torch.no_grad()
 def stages(
     model:SegNet,           # Any network
@@ -290,8 +295,8 @@ def stages(
             while isinstance(y, (list, tuple)): y = y[-1]
             rows.append((name, ' × '.join(map(str, y.shape[1:])), f'{n_params(m):,}'))
         hooks.append(m.register_forward_hook(_hook))
-    parts = [(f'encoder.{k}', m) for k,m in model.encoder.named_children()] + [(k, m) for k,m in model.net.named_children() if m is not model.encoder]
-    for k,m in parts: _note(k, m)
+    for k,m in _parts(model.encoder, 'encoder.'): _note(k, m)
+    for k,m in _parts(model.net): m is model.encoder or _note(k, m)
     training = model.training
     model.eval()(torch.zeros(1, model.config['n_in'], *size, device=model.mean.device))
     model.train(training)
