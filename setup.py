@@ -12,7 +12,7 @@ STATUSES = 'Planning', 'Pre-Alpha', 'Alpha', 'Beta', 'Production/Stable', 'Matur
 
 def reqs(key): return [r.strip() for r in cfg[key].splitlines() if r.strip()]
 
-extras = {k: reqs(f'{k}_requirements') for k in ('offline', 'docs', 'dev')}
+extras = {k: reqs(f'{k}_requirements') for k in ('offline', 'docs', 'bench', 'dev')}
 extras['dev'] += [r for k in ('offline', 'docs') for r in extras[k] if r not in extras['dev']]
 status = int(cfg['status'])
 
@@ -31,6 +31,7 @@ setup(
         'Topic :: Scientific/Engineering :: Image Recognition'
     ] + [f'Programming Language :: Python :: {v}' for v in cfg['python_versions'].split()],
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
+    package_data={cfg['lib_path']: ['*.csv']},
     install_requires=reqs('requirements'),
     extras_require=extras,
     entry_points=dict(

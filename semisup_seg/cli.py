@@ -1,4 +1,4 @@
-"""Everything from a terminal: `semisup-seg demo`, `check`, `train`, `distill`, `predict`, `annotate`.
+"""Everything from a terminal: `semisup-seg demo`, `check`, `train`, `distill`, `predict`, `annotate`, `networks`.
 
 Docs: https://semisup-seg.github.io/semisup_seg/cli.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://semisup-seg.github.io/semisup_seg/cli.html.md"""
 
 # %% auto #0
 __all__ = ['commands', 'TRAINING', 'NETWORK', 'VIEWS', 'arg', 'command', 'demo', 'check', 'train', 'distill', 'predict',
-           'annotate', 'parser', 'main']
+           'annotate', 'networks', 'parser', 'main']
 
 # %% ../nbs/60_cli.ipynb #35858675
 import argparse, sys
@@ -104,6 +104,13 @@ def annotate(o):
     from semisup_seg.annotate import annotate
     from semisup_seg.learner import load_model
     print(annotate([load_model(m) for m in o.models], o.images[0] if len(o.images)==1 else o.images, o.out, _views(o)))
+
+# %% ../nbs/60_cli.ipynb #9d338011
+@command()
+def networks(o):
+    "list the networks: idea, encoder, cost, speed"
+    from semisup_seg.models.core import more_networks, network_table
+    print(f'{network_table()}\n\nAlso by name: {", ".join(more_networks())}')
 
 # %% ../nbs/60_cli.ipynb #329b9462
 class _Parser(argparse.ArgumentParser):

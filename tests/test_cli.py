@@ -153,9 +153,9 @@ def test_help_needs_no_torch():
     for argv in (['--help'], ['distill', '--help']):
         res = python(probe, *argv)
         assert res.stdout.splitlines()[-1]=='0 []' and res.stderr==''
-    assert all(c in python(probe, '--help').stdout for c in ('demo', 'check', 'train', 'distill', 'predict', 'annotate'))
+    assert all(c in python(probe, '--help').stdout for c in ('demo', 'check', 'train', 'distill', 'predict', 'annotate', 'networks'))
 
-@pytest.mark.parametrize('name', ['demo', 'check', 'train', 'distill', 'predict', 'annotate'])
+@pytest.mark.parametrize('name', ['demo', 'check', 'train', 'distill', 'predict', 'annotate', 'networks'])
 def test_each_command_explains_itself(run, name):
     code,out,_ = run(name, '--help')
     assert code==0 and f'semisup-seg {name}' in out and commands[name][0].__doc__.split()[0] in out

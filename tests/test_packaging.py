@@ -31,7 +31,8 @@ def wheel(tmp_path_factory):
 def metadata(wheel): return BytesParser().parsebytes(wheel.read(next(n for n in wheel.namelist() if n.endswith('.dist-info/METADATA'))))
 
 def test_wheel_holds_the_modules(wheel):
-    want = {str(p.relative_to(root)) for p in (root/'semisup_seg').rglob('*.py')}
+    want = {str(p.relative_to(root)) for s in ('py', 'csv') for p in (root/'semisup_seg').rglob(f'*.{s}')}
+    assert 'semisup_seg/speeds.csv' in want
     assert {n for n in wheel.namelist() if '.dist-info/' not in n}==want
 
 def test_metadata(metadata):
@@ -41,7 +42,7 @@ def test_metadata(metadata):
     assert metadata['License-Expression']==cfg['license']=='Apache-2.0'
     assert metadata['Author'] or metadata['Author-email']
     assert metadata['Requires-Python']==f">={cfg['min_python']}"
-    assert set(metadata.get_all('Provides-Extra'))=={'offline', 'dev', 'docs'}
+    assert set(metadata.get_all('Provides-Extra'))=={'offline', 'dev', 'docs', 'bench'}
     assert metadata['Description-Content-Type']=='text/markdown'
     assert metadata.get_payload(decode=True).decode().strip()==(root/'README.md').read_text(encoding='utf-8').strip()
     for v in cfg['python_versions'].split(): assert f'Programming Language :: Python :: {v}' in metadata.get_all('Classifier')

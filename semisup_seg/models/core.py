@@ -7,7 +7,7 @@ Docs: https://semisup-seg.github.io/semisup_seg/models.core.html.md"""
 # %% auto #0
 __all__ = ['networks', 'LITE', 'MIT', 'SegNet', 'Network', 'register', 'packaged_weights', 'file_weights', 'hub_weights',
            'load_encoder', 'check_request', 'build_model', 'bn_act', 'conv_bn', 'resize', 'dilated_encoder', 'cost',
-           'n_params', 'stages', 'speeds', 'network_table']
+           'n_params', 'stages', 'speeds', 'network_table', 'more_networks']
 
 # %% ../../nbs/10_models.core.ipynb #1a363c3e
 import csv, os, urllib.error, urllib.request
@@ -315,3 +315,7 @@ def network_table()->Table:
     rows = [(n, *cost(n.name), fast[n.name]/min(fast.values())) for n in networks.values() if not n.more]
     cells = [(n.name, n.idea, n.backbone or 'its own', f'{p/1e6:.2f} M', f'{m/1e9:.2f} G', f'{s:.1f}×', n.paper) for n,p,m,s in rows]
     return Table([('network', 'idea', 'encoder', 'parameters', 'multiply-adds', 'speed', 'paper'), *sorted(cells, key=lambda r: r[0].lower())])
+
+def more_networks()->list:
+    "Names of the networks beyond these ten"
+    return [n.name for n in networks.values() if n.more]
