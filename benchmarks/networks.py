@@ -80,7 +80,7 @@ def main():
     p.add_argument('--networks', nargs='+', default=[n.name for n in networks.values() if not n.more], help='which ones; their rows are replaced, others stay')
     p.add_argument('--size', type=int, default=256, help='side of the images, pixels (256)')
     p.add_argument('--bs', type=int, default=2, help='images per batch (2)')
-    p.add_argument('--budget', type=float, default=20, help='seconds for each comparison (20)')
+    p.add_argument('--budget', type=float, default=8, help='seconds for each comparison (8)')
     p.add_argument('--out', type=Path, default=Path(__file__).parent.parent/'semisup_seg/speeds.csv')
     o = p.parse_args()
     rows = list(csv.DictReader(o.out.open(encoding='utf-8'))) if o.out.exists() else []

@@ -7,16 +7,23 @@ import pytest, timm, torch
 from conftest import Touch, python
 from safetensors.torch import save_file
 
-import semisup_seg.models.smp  # registers its networks  # chkstyle: ignore
-from semisup_seg.models.core import LITE, build_model, file_weights, load_encoder, networks, packaged_weights
+import semisup_seg.models
+from semisup_seg.core import Table
+from semisup_seg.models.core import LITE, build_model, check_request, cost, file_weights, load_encoder, more_networks, n_params, network_table, networks, packaged_weights, speeds, stages
 
 LITE0 = 'tf_efficientnet_lite0'
-each_network = pytest.mark.parametrize('name', networks)
+over_any = [n.name for n in networks.values() if n.encoders=='*' and n.name!='DPT']
+each_network = pytest.mark.parametrize('name', over_any)
 
 @pytest.fixture(scope='module')
 def resnet():
     torch.manual_seed(7)
     return timm.create_model('resnet10t').state_dict()
+
+@pytest.fixture(scope='module')
+def mit():
+    torch.manual_seed(7)
+    return build_model('Segformer', 'mit_b0').encoder.state_dict()
 
 def holds(model, weights):
     "True if every tensor of the encoder stands in `weights`"
@@ -26,16 +33,95 @@ def holds(model, weights):
 
 # --- the register
 
+TEN = 'CGNet', 'DeepLabV3+', 'DenseASPP', 'FPENet', 'HRNet', 'LEDNet', 'MANet', 'OCNet', 'PAN', 'U-Net'
+MORE = 'Unet++', 'Linknet', 'FPN', 'PSPNet', 'DeepLabV3', 'UPerNet', 'Segformer', 'DPT'
+
 def test_registry_says_what_each_network_is():
-    assert list(networks)[:4]==['U-Net', 'DeepLabV3+', 'MANet', 'PAN']
-    for n in networks.values(): assert n.idea and n.paper.startswith('https://') and n.min_size>=16
+    assert sorted(n.name for n in networks.values() if not n.more)==sorted(TEN) and sorted(more_networks())==sorted(MORE)
+    for n in networks.values(): assert 2<=len(n.idea.split())<=7 and n.paper.startswith('https://') and n.min_size in (32, 128)
+
+def test_one_module_registers_all():
+    code = 'from semisup_seg.models.core import networks; print(len(networks))'
+    assert python(code).stdout.strip()==str(len(TEN)+len(MORE))
+
+@pytest.mark.parametrize('name', TEN)
+def test_a_name_is_enough(name):
+    m = build_model(name.lower())
+    assert m.config['name']==name and m.config['backbone']==networks[name].backbone
+
+@pytest.mark.parametrize('name,backbone', [('CGNet', None), ('FPENet', None), ('LEDNet', None), ('U-Net', None), ('DeepLabV3+', 'resnet50'), ('HRNet', 'hrnet_w48')])
+def test_encoder_where_none_is_named(name, backbone): assert networks[name].backbone==backbone
+
+@pytest.mark.parametrize('name', ['CGNet', 'FPENet', 'LEDNet'])
+def test_own_encoder_takes_no_backbone(name):
+    with pytest.raises(ValueError, match=f"{name} has an encoder of its own; backbone must be None, got 'resnet50'"): check_request(name, 'resnet50')
+    with pytest.raises(ValueError, match='trains from scratch'): build_model(name, pretrained=True)
+
+def test_a_network_for_one_family_of_encoders():
+    with pytest.raises(ValueError, match="Unknown HRNet backbone 'resnet50'.*hrnet_w18") as e: build_model('HRNet', 'resnet50')
+    assert 'resnet101' not in str(e.value)
+
+@pytest.mark.parametrize('name', ['DenseASPP', 'OCNet', 'DeepLabV3+'])
+def test_output_stride(name, tmp_path):
+    x = torch.rand(1, 3, 64, 64)
+    for stride,side in ((None, 4), (16, 4), (8, 8)):
+        m = build_model(name, 'resnet10t', output_stride=stride).eval()
+        with torch.no_grad(): assert m.encoder(x)[-1].shape[-1]==side and m(x).shape==(1, 2, 64, 64)
+    again = build_model(**m.config)
+    with torch.no_grad(): assert m.config['output_stride']==8 and again.encoder(x)[-1].shape[-1]==8
+
+@pytest.mark.parametrize('args,message', [(dict(name='OCNet', output_stride=4), 'output_stride is 4; expected 8 or 16'),
+    (dict(name='U-Net', output_stride=8), 'U-Net has no dilated encoder'), (dict(name='CGNet', output_stride=16), 'CGNet has no dilated encoder')])
+def test_wrong_output_stride(args, message):
+    with pytest.raises(ValueError, match=message): build_model(**args)
+
+# --- what they cost
+
+KNOWN = {'CGNet': (0.492, 1.31), 'DeepLabV3+': (26.7, 14.3), 'DenseASPP': (27.0, 14.1), 'FPENet': (0.1146, 0.27), 'HRNet': (65.8, 36.6),
+    'LEDNet': (0.92, 2.19), 'MANet': (147.4, 29.1), 'OCNet': (33.9, 16.9), 'PAN': (24.3, 13.5), 'U-Net': (31.04, 75.3)}
+
+@pytest.mark.parametrize('name', TEN)
+def test_cost(name):
+    p,m = cost(name)
+    assert p/1e6==pytest.approx(KNOWN[name][0], rel=0.02) and m/1e9==pytest.approx(KNOWN[name][1], rel=0.05)
+
+def test_unet_over_resnet50_as_published():
+    p,m = cost('U-Net', 'resnet50')
+    assert p/1e6==pytest.approx(32.5, rel=0.02) and m/1e9==pytest.approx(16.6, rel=0.05)
+
+def test_cost_depends_on_size_and_classes():
+    assert cost('CGNet', size=640)[1]==pytest.approx(4*cost('CGNet')[1], rel=0.01)
+    assert cost('CGNet', n_out=21)[0]-cost('CGNet')[0]==19*256
+
+@pytest.mark.parametrize('name', [*TEN, 'Segformer', 'DPT'])
+def test_stages_add_up(name):
+    backbone = {'HRNet': 'hrnet_w18_small', 'DPT': 'test_vit', 'Segformer': 'mit_b0'}.get(name, 'test_resnet' if networks[name].backbone else None)
+    m = build_model(name, backbone, n_out=5, n_in=1).train()
+    head,*rows,last = stages(m, (128, 160)).rows
+    parameters = [int(r[2].replace(',', '')) for r in rows]
+    assert len(rows)>=3 and last[1]=='5 × 128 × 160' and int(last[2].replace(',', ''))==n_params(m)
+    assert m.training and (0.9*n_params(m)<sum(parameters)<n_params(m) if name=='HRNet' else sum(parameters)==n_params(m))  # HRNet's new branches begin between the stages
+
+def test_table_of_networks():
+    head,*rows = network_table().rows
+    assert [r[0] for r in rows]==sorted(TEN, key=str.lower) and head[:2]==['network', 'idea']
+    for r in rows:
+        n = networks[r[0]]
+        assert r[1]==n.idea and r[2]==(n.backbone or 'its own') and r[-1]==n.paper
+        assert float(r[3].split()[0])==pytest.approx(KNOWN[n.name][0], rel=0.04) and float(r[5].strip('×'))>=1
+    assert set(speeds())==set(TEN)
+
+def test_table_is_aligned_and_drawn():
+    t = Table([('a', 'bb'), (10, 'x'), (200, '')])
+    assert str(t)==repr(t)=='a    bb\n10   x\n200' and t._repr_markdown_()=='| a | bb |\n| --- | --- |\n| 10 | x |\n| 200 |  |'
 
 # --- names and numbers
 
 @pytest.mark.parametrize('typed,name', [
     ('unet', 'U-Net'), ('U NET', 'U-Net'), ('u_net', 'U-Net'), ('MAnet', 'MANet'), ('DeepLabV3+', 'DeepLabV3+'),
-    ('deeplab v3', 'DeepLabV3+'), ('DeepLab', 'DeepLabV3+'), ('pan', 'PAN')])
-def test_names_are_forgiving(typed, name): assert build_model(typed, 'resnet10t').config['name']==name
+    ('deeplab v3', 'DeepLabV3'), ('deeplabv3plus', 'DeepLabV3+'), ('DeepLab', 'DeepLabV3+'), ('pan', 'PAN'), ('cg-net', 'CGNet'), ('Unet++', 'Unet++'),
+    ('UnetPlusPlus', 'Unet++'), ('dense aspp', 'DenseASPP'), ('SegFormer', 'Segformer')])
+def test_names_are_forgiving(typed, name): assert check_request(typed)[0].name==name
 
 @pytest.mark.parametrize('args,message', [
     (('U-Nett',), "Unknown network 'U-Nett'. Did you mean 'U-Net'.*Allowed: U-Net"), (('zzz',), "Unknown network 'zzz'. Allowed: .*PAN"), ((None,), 'Unknown network'),
@@ -64,12 +150,32 @@ def test_packaged_weights_land_in_the_encoder(name):
     assert holds(m, packaged_weights(LITE0)) and not holds(build_model(name, LITE0), packaged_weights(LITE0))
     assert m.mean.flatten().tolist()==m.std.flatten().tolist()==[0.5]*3
 
-@pytest.mark.parametrize('name,kind', [*((n, 'pth') for n in networks), ('U-Net', 'safetensors'), ('PAN', 'state_dict'), ('MANet', 'Path')])
+@pytest.mark.parametrize('name,kind', [*((n, 'pth') for n in over_any), ('U-Net', 'safetensors'), ('PAN', 'state_dict'), ('MANet', 'Path')])
 def test_weights_from_a_file(tmp_path, resnet, name, kind):
     f = tmp_path/('w.safetensors' if kind=='safetensors' else 'w.pth')
     if kind=='safetensors': save_file(resnet, f)
     else: torch.save(dict(state_dict=resnet, epoch=3) if kind=='state_dict' else resnet, f)
     assert holds(build_model(name, 'resnet10t', pretrained=f if kind=='Path' else str(f)), resnet)
+
+@pytest.mark.parametrize('name,backbone', [('HRNet', 'hrnet_w18_small'), ('DPT', 'test_vit'), ('DPT', 'vit_small_patch14_dinov2')])
+def test_weights_of_encoders_that_are_cut_down(tmp_path, name, backbone):
+    torch.manual_seed(7)
+    weights = timm.create_model(backbone).state_dict()
+    torch.save(weights, tmp_path/'w.pth')
+    m = build_model(name, backbone, pretrained=str(tmp_path/'w.pth'))
+    assert holds(m, weights) and not holds(build_model(name, backbone), weights)
+    del weights[next(k for k in weights if k.endswith(('blocks.0.mlp.fc1.weight', 'stage2.0.branches.0.0.conv1.weight')))]
+    torch.save(weights, tmp_path/'w.pth')
+    with pytest.raises(ValueError, match='1 of .* are missing'): build_model(name, backbone, pretrained=str(tmp_path/'w.pth'))
+
+@pytest.mark.parametrize('n_in', [1, 4])
+def test_a_transformer_for_other_channels(tmp_path, n_in):
+    weights = timm.create_model('vit_small_patch14_dinov2').state_dict()
+    torch.save(weights, tmp_path/'w.pth')
+    own = build_model('DPT', pretrained=str(tmp_path/'w.pth'), n_in=n_in).encoder.model.state_dict()
+    first = own.pop('patch_embed.proj.weight')
+    assert first.shape==(384, n_in, 14, 14) and all(torch.equal(v, weights[k]) for k,v in own.items())
+    if n_in==1: assert torch.allclose(first, weights['patch_embed.proj.weight'].sum(1, keepdim=True), atol=1e-5)
 
 @pytest.mark.parametrize('n_in', [1, 2, 4])
 def test_weights_for_other_channels(tmp_path, resnet, n_in):
@@ -121,13 +227,15 @@ WAYS = "pip install 'semisup-segmentation[offline]'", "pretrained='…'", 'pretr
 ASK = """
 import hashlib, http.server, json, os, pathlib, socket, sys, threading
 folder,kind = pathlib.Path(sys.argv[1]), ''
+HELD = {'timm/resnet10t.c3_in1k': 'w.safetensors', 'smp-hub/mit_b0.imagenet': 'mit.safetensors'}
 
 class Hub(http.server.BaseHTTPRequestHandler):
     def log_message(self, *a): pass
     def do_HEAD(self): self.do_GET()
     def do_GET(self):
-        good = kind=='hub' and self.path=='/timm/resnet10t.c3_in1k/resolve/main/model.safetensors'
-        data = (folder/'w.safetensors').read_bytes() if good else b'<html>Sign in to the guest network</html>'
+        repo = next((r for r in HELD if self.path.startswith(f'/{r}/resolve/') and self.path.endswith('/model.safetensors')), None)
+        good = kind=='hub' and repo
+        data = (folder/HELD[repo]).read_bytes() if good else b'<html>Sign in to the guest network</html>'
         self.send_response(200 if good or kind=='portal' or self.path=='/' else 503 if kind=='broken' else 404)
         self.send_header('Content-Length', str(len(data)))
         if good: self.send_header('ETag', '"' + hashlib.sha256(data).hexdigest() + '"')
@@ -151,36 +259,40 @@ for kind in ('closed', 'silent', 'missing', 'portal', 'hub', 'cached', 'broken')
     if kind=='broken':
         for f in (folder/'hf').rglob('*'): f.unlink() if f.is_file() or f.is_symlink() else None
     os.environ['HF_ENDPOINT'] = f'http://127.0.0.1:{port.get(kind, port["hub"])}'
-    try: m = build_model('U-Net', 'resnet10t', pretrained=True)
-    except Exception as e: said = f'{type(e).__name__}: {e}'
-    else:
-        torch.save(m.encoder.state_dict(), folder/f'{kind}.pth')
-        said = 'built'
-    print(json.dumps([kind, said]), flush=True)
+    for name,backbone in (('U-Net', 'resnet10t'), ('Segformer', 'mit_b0')):
+        try: m = build_model(name, backbone, pretrained=True)
+        except Exception as e: said = f'{type(e).__name__}: {e}'
+        else:
+            torch.save(m.encoder.state_dict(), folder/f'{kind} {backbone}.pth')
+            said = 'built'
+        print(json.dumps([f'{kind} {backbone}', said]), flush=True)
 """
 
 @pytest.fixture(scope='module')
-def hub(tmp_path_factory, resnet):
+def hub(tmp_path_factory, resnet, mit):
     "A folder, and what was said to a user when the hub behaved in each of several ways"
     folder = tmp_path_factory.mktemp('hub')
     save_file(resnet, folder/'w.safetensors')
+    save_file(mit, folder/'mit.safetensors')
     env = dict(HF_HOME=folder/'hf', HF_HUB_DISABLE_XET=1, HF_HUB_DISABLE_TELEMETRY=1, NO_PROXY='127.0.0.1', no_proxy='127.0.0.1')
-    try: out = python(ASK, folder, timeout=45, **env).stdout
+    try: out = python(ASK, folder, timeout=60, **env).stdout
     except subprocess.TimeoutExpired as e: out = (e.stdout or b'').decode()
     return folder, dict(json.loads(o) for o in out.splitlines() if o[:1]=='[')
 
+@pytest.mark.parametrize('backbone', ['resnet10t', 'mit_b0'])
 @pytest.mark.parametrize('kind', ['closed', 'silent', 'missing', 'broken', 'portal'])
-def test_unreachable_hub_names_three_ways_out(hub, kind):
-    said = hub[1].get(kind, 'nothing: it hung')
-    assert said.startswith('ConnectionError') and "'resnet10t'" in said
+def test_unreachable_hub_names_three_ways_out(hub, kind, backbone):
+    said = hub[1].get(f'{kind} {backbone}', 'nothing: it hung')
+    assert said.startswith('ConnectionError') and repr(backbone) in said
     for w in WAYS: assert w in said
 
+@pytest.mark.parametrize('backbone', ['resnet10t', 'mit_b0'])
 @pytest.mark.parametrize('kind', ['hub', 'cached'])
-def test_hub_weights_are_the_hubs(hub, resnet, kind):
+def test_hub_weights_are_the_hubs(hub, resnet, mit, kind, backbone):
     folder,said = hub
-    assert said[kind]=='built'
-    got = torch.load(folder/f'{kind}.pth', weights_only=True)
-    assert len(got)>20 and all(torch.equal(v, resnet[k.removeprefix('model.')]) for k,v in got.items())
+    assert said[f'{kind} {backbone}']=='built'
+    got,theirs = torch.load(folder/f'{kind} {backbone}.pth', weights_only=True), dict(resnet10t=resnet, mit_b0=mit)[backbone]
+    assert len(got)>20 and all(torch.equal(v, theirs[k.removeprefix('model.')]) for k,v in got.items())
 
 def test_no_weights_are_published():
     name = next(n for n in timm.list_models() if not timm.get_pretrained_cfg(n).has_weights)

@@ -134,3 +134,36 @@ def test_a_frozen_encoder_stays_while_the_decoder_learns(name, backbone, trained
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
     assert all(torch.equal(a, b) for a,b in zip(before[0], held))
     assert any(not torch.equal(a, b) for a,b in zip(before[1], encoder_decoder(learn.model)[1]))
+
+# --- learning
+
+LITE0 = 'tf_efficientnet_lite0'
+LEARN = {  # encoder, side of the image, steps, highest learning rate, further options
+    'CGNet': (None, 192, 60, 3e-3), 'FPENet': (None, 128, 80, 3e-3), 'LEDNet': (None, 192, 120, 1e-2), 'U-Net': (None, 64, 40, 3e-3),
+    'HRNet': ('hrnet_w18_small', 128, 60, 3e-3), 'MANet': (LITE0, 96, 50, 3e-3), 'DeepLabV3+': (LITE0, 192, 60, 3e-3), 'PAN': (LITE0, 192, 60, 3e-3),
+    'DenseASPP': (LITE0, 192, 60, 3e-3, dict(output_stride=8)), 'OCNet': (LITE0, 192, 60, 3e-3, dict(output_stride=8))}
+
+def four_slices(size):
+    "Four slices of `brain` without their dark margin, `(4, 3, size, size)` in 0–1, and their classes"
+    image,label = (torch.from_numpy(v[45:91:15, 52:180, 34:162].copy())[:, None].float() for v in _brain_volumes())
+    x = F.interpolate(image/255, (size, size), mode='bilinear').repeat(1, 3, 1, 1)
+    return x.contiguous(memory_format=torch.channels_last), F.interpolate(label, (size, size))[:, 0].long()
+
+def test_all_ten_learn(): assert set(LEARN)=={n.name for n in networks.values() if not n.more}
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', LEARN)
+def test_overfits_four_slices(name):
+    backbone,size,steps,lr,*options = LEARN[name]
+    torch.manual_seed(0)
+    m = build_model(name, backbone, 3, backbone==LITE0, **dict(*options)).to(memory_format=torch.channels_last)
+    x,y = four_slices(size)
+    opt = torch.optim.AdamW(m.parameters(), lr)
+    rate = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
+    for _ in range(steps):
+        opt.zero_grad()
+        CEDiceLoss()(m(x), y).backward()
+        opt.step()
+        rate.step()
+    with torch.no_grad(): grey,white = dice(overlap_counts(m.eval()(x).argmax(1), y, 3))[1:]
+    assert min(grey, white)>0.9, f'Dice after {steps} steps: grey matter {grey:.3f}, white matter {white:.3f}'

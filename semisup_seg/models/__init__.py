@@ -1,2 +1,2 @@
 "Ten networks and more, registered by name as soon as any of these modules is imported"
-from . import cgnet, fpenet, hrnet, lednet, smp
+from . import cgnet, denseaspp, fpenet, hrnet, lednet, ocnet, smp

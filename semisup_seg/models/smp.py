@@ -65,7 +65,7 @@ def unet(
     return ClassicUNet(n_out, n_in) if backbone is None else smp.Unet(**_encoder(backbone, n_in), classes=n_out)
 
 # %% ../../nbs/19_models.smp.ipynb #5219f0f4
-@register('DeepLabV3+', 'atrous pyramid, one skip', 'https://arxiv.org/abs/1802.02611', backbone='resnet50', aliases=('DeepLab',))
+@register('DeepLabV3+', 'atrous pyramid, one skip', 'https://arxiv.org/abs/1802.02611', backbone='resnet50', aliases=('DeepLab', 'DeepLabV3Plus'))
 def deeplabv3plus(
     backbone:str, # timm encoder that can be dilated
     n_out:int,    # Classes
