@@ -7,11 +7,12 @@ import pytest, timm, torch
 from conftest import Touch, python
 from safetensors.torch import save_file
 
-import semisup_seg.models
 from semisup_seg.core import Table
-from semisup_seg.models.core import LITE, build_model, check_request, cost, file_weights, load_encoder, more_networks, n_params, network_table, networks, packaged_weights, speeds, stages
+from semisup_seg.models.core import LITE, build_model, check_request, cost, file_weights, load_encoder, more_networks, n_params
+from semisup_seg.models.core import network_table, networks, packaged_weights, speeds, stages
 
 LITE0 = 'tf_efficientnet_lite0'
+SMALL = dict(HRNet='hrnet_w18_small', DPT='test_vit', Segformer='mit_b0')
 over_any = [n.name for n in networks.values() if n.encoders=='*' and n.name!='DPT']
 each_network = pytest.mark.parametrize('name', over_any)
 
@@ -95,7 +96,7 @@ def test_cost_depends_on_size_and_classes():
 
 @pytest.mark.parametrize('name', [*TEN, 'Segformer', 'DPT'])
 def test_stages_add_up(name):
-    backbone = {'HRNet': 'hrnet_w18_small', 'DPT': 'test_vit', 'Segformer': 'mit_b0'}.get(name, 'test_resnet' if networks[name].backbone else None)
+    backbone = SMALL.get(name, 'test_resnet') if networks[name].backbone else None
     m = build_model(name, backbone, n_out=5, n_in=1).train()
     head,*rows,last = stages(m, (128, 160)).rows
     parameters = [int(r[2].replace(',', '')) for r in rows]

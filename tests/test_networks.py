@@ -10,8 +10,8 @@ import semisup_seg
 from semisup_seg.datasets import _brain_volumes
 from semisup_seg.learner import CEDiceLoss, dice, encoder_decoder, overlap_counts, seg_learner
 from semisup_seg.models.core import build_model, networks
+from test_models import SMALL
 
-SMALL = {'HRNet': 'hrnet_w18_small', 'DPT': 'test_vit', 'Segformer': 'mit_b0'}
 
 def small(n): return SMALL.get(n.name, 'test_resnet') if n.encoders else None
 

@@ -13,7 +13,6 @@ __all__ = ['networks', 'LITE', 'MIT', 'SegNet', 'Network', 'register', 'packaged
 import csv, os, urllib.error, urllib.request
 from dataclasses import dataclass
 from fnmatch import filter as matching
-from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
 from inspect import signature
