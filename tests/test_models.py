@@ -100,8 +100,9 @@ def test_stages_add_up(name):
     m = build_model(name, backbone, n_out=5, n_in=1).train()
     head,*rows,last = stages(m, (128, 160)).rows
     parameters = [int(r[2].replace(',', '')) for r in rows]
+    alone = m.encoder.model.pos_embed.numel()+m.encoder.model.cls_token.numel() if name=='DPT' else 0
     assert len(rows)>=3 and last[1]=='5 × 128 × 160' and int(last[2].replace(',', ''))==n_params(m)
-    assert m.training and (0.9*n_params(m)<sum(parameters)<n_params(m) if name=='HRNet' else sum(parameters)==n_params(m))  # HRNet's new branches begin between the stages
+    assert m.training and sum(parameters)==n_params(m)-alone
 
 def test_table_of_networks():
     head,*rows = network_table().rows
@@ -109,7 +110,7 @@ def test_table_of_networks():
     for r in rows:
         n = networks[r[0]]
         assert r[1]==n.idea and r[2]==(n.backbone or 'its own') and r[-1]==n.paper
-        assert float(r[3].split()[0])==pytest.approx(KNOWN[n.name][0], rel=0.04) and float(r[5].strip('×'))>=1
+        assert float(r[3].split()[0])==pytest.approx(KNOWN[n.name][0], rel=0.02, abs=0.005) and float(r[5].strip('×'))>=1
     assert set(speeds())==set(TEN)
 
 def test_table_is_aligned_and_drawn():
@@ -125,7 +126,7 @@ def test_table_is_aligned_and_drawn():
 def test_names_are_forgiving(typed, name): assert check_request(typed)[0].name==name
 
 @pytest.mark.parametrize('args,message', [
-    (('U-Nett',), "Unknown network 'U-Nett'. Did you mean 'U-Net'.*Allowed: U-Net"), (('zzz',), "Unknown network 'zzz'. Allowed: .*PAN"), ((None,), 'Unknown network'),
+    (('U-Nett',), "Unknown network 'U-Nett'. Did you mean 'U-Net'.*Allowed: CGNet"), (('zzz',), "Unknown network 'zzz'. Allowed: .*PAN"), ((None,), 'Unknown network'),
     (('U-Net', 'resnet5O'), "Unknown backbone 'resnet5O'. Did you mean 'resnet50'"), (('U-Net', 'qqqqqqq'), "Unknown backbone 'qqqqqqq'"),
     (('U-Net', 'resnet10t', 1), 'n_out is 1'), (('U-Net', 'resnet10t', 2.0), 'n_out is 2.0'), (('U-Net', 'resnet10t', 2, False, 0), 'n_in is 0')])
 def test_wrong_requests(args, message):
@@ -234,13 +235,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def log_message(self, *a): pass
     def do_HEAD(self): self.do_GET()
     def do_GET(self):
-        repo = next((r for r in HELD if self.path.startswith(f'/{r}/resolve/') and self.path.endswith('/model.safetensors')), None)
+        repo = next((r for r in HELD if self.path.startswith(f'/{r}/resolve/') and self.path.endswith(('/model.safetensors', '/config.json'))), None)
         good = kind=='hub' and repo
-        data = (folder/HELD[repo]).read_bytes() if good else b'<html>Sign in to the guest network</html>'
+        data = (b'{}' if self.path.endswith('json') else (folder/HELD[repo]).read_bytes()) if good else b'<html>Sign in to the guest network</html>'
         self.send_response(200 if good or kind=='portal' or self.path=='/' else 503 if kind=='broken' else 404)
         self.send_header('Content-Length', str(len(data)))
         if good: self.send_header('ETag', '"' + hashlib.sha256(data).hexdigest() + '"')
-        if good: self.send_header('X-Repo-Commit', '0'*40)
+        if good: self.send_header('X-Repo-Commit', self.path.split('/')[-2].replace('main', '0'*40))
         self.end_headers()
         if self.command=='GET': self.wfile.write(data)
 

@@ -277,10 +277,12 @@ def n_params(
 
 # %% ../../nbs/10_models.core.ipynb #571d0f5e
 def _parts(m, prefix=''):
-    "Names and modules of the parts of `m` that are called one by one"
+    "Names and modules of the parts of `m`, and of those that stand in a row, which may be called one by one"
     for k,c in m.named_children():
         if isinstance(c, nn.ModuleList) or len(list(m.children()))==1: yield from _parts(c, f'{prefix}{k}.')
-        elif n_params(c): yield f'{prefix}{k}', c
+        elif n_params(c):
+            yield f'{prefix}{k}', c
+            if isinstance(c, nn.Sequential): yield from _parts(c, f'{prefix}{k}.')
 
 @torch.no_grad()
 def stages(
@@ -295,11 +297,13 @@ def stages(
             rows.append((name, ' × '.join(map(str, y.shape[1:])), f'{n_params(m):,}'))
         hooks.append(m.register_forward_hook(_hook))
     for k,m in _parts(model.encoder, 'encoder.'): _note(k, m)
-    for k,m in _parts(model.net): m is model.encoder or _note(k, m)
+    for k,m in _parts(model.net): k.startswith('encoder') or _note(k, m)
     training = model.training
     model.eval()(torch.zeros(1, model.config['n_in'], *size, device=model.mean.device))
     model.train(training)
     for h in hooks: h.remove()
+    called = {r[0] for r in rows}
+    rows = [r for r in rows if not any(r[0].startswith(f'{c}.') for c in called)]
     return Table([('stage', 'shape', 'parameters'), *rows, ('all', ' × '.join(map(str, (model.config['n_out'], *size))), f'{n_params(model):,}')])
 
 # %% ../../nbs/10_models.core.ipynb #9b7916fb
