@@ -10,7 +10,7 @@ from pathlib import Path
 import segmentation_models_pytorch as smp, torch
 import torch.nn.functional as F
 
-from semisup_seg.models.core import build_model, networks
+from semisup_seg.models.core import build_model, check_request, networks
 
 COLUMNS = 'network', 'backbone', 'pass', 'channels_last', 'seconds', 'other', 'seconds_other', 'ratio', 'rounds', 'machine'
 
@@ -84,7 +84,7 @@ def main():
     p.add_argument('--out', type=Path, default=Path(__file__).parent.parent/'semisup_seg/speeds.csv')
     o = p.parse_args()
     rows = list(csv.DictReader(o.out.open(encoding='utf-8'))) if o.out.exists() else []
-    for name in o.networks:
+    for name in [check_request(n)[0].name for n in o.networks]:
         rows = [r for r in rows if r['network']!=name]
         for r in measure(name, o.size, o.bs, o.budget):
             rows.append(r)
@@ -96,4 +96,6 @@ def main():
             w.writerows(rows)
         os.replace(new, o.out)
 
-if __name__=='__main__': main()
+if __name__=='__main__':
+    try: main()
+    except ModuleNotFoundError as e: raise SystemExit(f"{e}; the packages to compare with come by: pip install -e '.[bench]'")

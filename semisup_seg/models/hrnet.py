@@ -47,7 +47,7 @@ class HRNet(nn.Module):
     def forward(self, x:Tensor)->Tensor: return resize(self.classify(self.mix(join(self.encoder(x)))), x)
 
 # %% ../../nbs/16_models.hrnet.ipynb #0e1fd69c
-@register('HRNet', 'four resolutions side by side, exchanging', 'https://arxiv.org/abs/1908.07919', backbone='hrnet_w48', encoders='hrnet_*')
+@register('HRNet', 'four resolutions side by side', 'https://arxiv.org/abs/1908.07919', backbone='hrnet_w48', encoders='hrnet_*')
 def _hrnet(
     backbone:str, # timm encoder, one of `hrnet_*`
     n_out:int,    # Classes

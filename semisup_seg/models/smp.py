@@ -86,7 +86,7 @@ def manet(
     return smp.MAnet(**_encoder(backbone, n_in), classes=n_out)
 
 # %% ../../nbs/19_models.smp.ipynb #52133d76
-@register('PAN', 'pyramid attention guides the fine maps', 'https://arxiv.org/abs/1805.10180', backbone='resnet50', min_size=128)
+@register('PAN', 'pyramid attention guides fine maps', 'https://arxiv.org/abs/1805.10180', backbone='resnet50', min_size=128)
 def pan(
     backbone:str, # timm encoder that can be dilated
     n_out:int,    # Classes
@@ -103,17 +103,17 @@ def _more(name, model, idea, paper, backbone='resnet50', aliases=(), **options):
 _more('Unet++', smp.UnetPlusPlus, 'nested, dense skip connections', 'https://arxiv.org/abs/1807.10165', aliases=('UnetPlusPlus',))
 _more('Linknet', smp.Linknet, 'adds encoder maps, not joins', 'https://arxiv.org/abs/1707.03718')
 _more('FPN', smp.FPN, 'one pyramid, summed at last', 'https://arxiv.org/abs/1612.03144')
-_more('PSPNet', smp.PSPNet, 'means over bins of four sizes', 'https://arxiv.org/abs/1612.01105')
+_more('PSPNet', smp.PSPNet, 'means over four bin sizes', 'https://arxiv.org/abs/1612.01105')
 _more('DeepLabV3', smp.DeepLabV3, 'atrous pyramid, no skip', 'https://arxiv.org/abs/1706.05587', encoder_output_stride=16)
 _more('UPerNet', smp.UPerNet, 'bins below, pyramid above', 'https://arxiv.org/abs/1807.10221')
-_more('Segformer', smp.Segformer, 'transformer at four scales, light head', 'https://arxiv.org/abs/2105.15203', backbone='mit_b2')
+_more('Segformer', smp.Segformer, 'four-scale transformer, light head', 'https://arxiv.org/abs/2105.15203', backbone='mit_b2')
 
 # %% ../../nbs/19_models.smp.ipynb #1f5b689d
 class _Patches(nn.Conv2d):
     "Cuts an image that is 16/14 too large for its kernel"
     def forward(self, x): return super().forward(F.interpolate(x, scale_factor=14/16, mode='bilinear'))
 
-@register('DPT', 'a transformer, read at four depths', 'https://arxiv.org/abs/2103.13413', backbone='vit_small_patch14_dinov2', more=True)
+@register('DPT', 'transformer read at four depths', 'https://arxiv.org/abs/2103.13413', backbone='vit_small_patch14_dinov2', more=True)
 def dpt(
     backbone:str, # Vision transformer of timm, DINOv2 among them
     n_out:int,    # Classes
