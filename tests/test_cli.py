@@ -52,7 +52,7 @@ def place(tmp_path_factory):
 
 def test_check(run, place):
     code,out,err = run('check', place/'d')
-    assert (code, err)==(0, '') and 'train       4' in out and 'unlabeled   5' in out
+    assert (code, err)==(0, '') and 'train      4' in out and 'unlabeled  5' in out
 
 def test_train(run, place, tmp_path):
     code,out,err = run('train', place/'d', tmp_path/'out', '--network', *NET, *TINY)

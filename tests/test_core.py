@@ -191,7 +191,7 @@ def test_check_reports_what_it_found(discs):
         pixels = np.concatenate([load_mask(l, TWO).ravel() for _,l in split_files(discs, k)])
         assert np.allclose(s.shares[k], [1-pixels.mean(), pixels.mean()])
     text = str(s)
-    for o in ('train       4', 'unlabeled   5', f'{s.shares["test"][1]:.1%}', '64×40 (1)'): assert o in text
+    for o in ('train      4', 'unlabeled  5', f'{s.shares["test"][1]:.1%}', '64×40 (1)'): assert o in text
     assert '| train | 4 |' in s._repr_markdown_()
 
 def test_check_ignores_hidden_files_and_the_systems_own(discs):
