@@ -71,6 +71,14 @@ def test_output_stride(name, tmp_path):
     again = build_model(**m.config)
     with torch.no_grad(): assert m.config['output_stride']==8 and again.encoder(x)[-1].shape[-1]==8
 
+@pytest.mark.parametrize('name', ['DenseASPP', 'OCNet'])
+@pytest.mark.parametrize('backbone', ['vit_tiny_patch16_224', 'edgenext_xx_small', 'dla34', 'mit_b0'])
+def test_encoders_that_cannot_be_dilated(name, backbone):
+    with pytest.raises(ValueError, match=f"{name} cannot be built over '{backbone}': {backbone} cannot be dilated.*'resnet50'"): build_model(name, backbone)
+
+@pytest.mark.parametrize('backbone', ['resnet50', 'convnext_tiny', LITE0])
+def test_encoders_that_are_said_to_be_dilatable(backbone): assert build_model('OCNet', backbone).encoder.feature_info.reduction()[-1]==16
+
 @pytest.mark.parametrize('args,message', [(dict(name='OCNet', output_stride=4), 'output_stride is 4; expected 8 or 16'),
     (dict(name='U-Net', output_stride=8), 'U-Net has no dilated encoder'), (dict(name='CGNet', output_stride=16), 'CGNet has no dilated encoder')])
 def test_wrong_output_stride(args, message):

@@ -252,9 +252,10 @@ def dilated_encoder(
     output_stride:int=16, # Pixels per position of the last map
 )->nn.Module:
     "timm's `backbone` without classifier, giving a list that ends with its last map; a `ValueError` if it cannot be dilated"
-    enc = timm.create_model(backbone, features_only=True, in_chans=n_in, output_stride=output_stride)
-    if (r := enc.feature_info.reduction()[-1])!=output_stride: raise ValueError(f'{backbone} cannot be dilated: its last map is at 1/{r}, not 1/{output_stride}')
-    return enc
+    try: enc = timm.create_model(backbone, features_only=True, in_chans=n_in, output_stride=output_stride)
+    except Exception: enc = None  # timm has no common way of saying that it cannot
+    if enc and enc.feature_info.reduction()[-1]==output_stride: return enc
+    raise ValueError(f"{backbone} cannot be dilated to one position for {output_stride} pixels; 'resnet50', 'convnext_tiny' and 'tf_efficientnet_lite0' can")
 
 # %% ../../nbs/10_models.core.ipynb #95b44f25
 @torch.no_grad()
