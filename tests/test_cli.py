@@ -54,6 +54,11 @@ def test_check(run, place):
     code,out,err = run('check', place/'d')
     assert (code, err)==(0, '') and 'train      4' in out and 'unlabeled  5' in out
 
+def test_networks(run):
+    from semisup_seg.models.core import more_networks, network_table
+    code,out,err = run('networks')
+    assert (code, err)==(0, '') and out.startswith(str(network_table())) and out.rstrip().endswith(', '.join(more_networks()))
+
 def test_train(run, place, tmp_path):
     code,out,err = run('train', place/'d', tmp_path/'out', '--network', *NET, *TINY)
     assert code==0 and 'Mean Dice' in out and str(tmp_path/'out/report.html') in out and (tmp_path/'out/target_U-Net_test_resnet.pth').is_file()

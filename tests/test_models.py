@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest, timm, torch
-from conftest import Touch, python
+from conftest import ROOT, Touch, python
 from safetensors.torch import save_file
 
 from semisup_seg.core import Table
@@ -120,6 +120,11 @@ def test_table_of_networks():
         assert r[1]==n.idea and r[2]==(n.backbone or 'its own') and r[-1]==n.paper
         assert float(r[3].split()[0])==pytest.approx(KNOWN[n.name][0], rel=0.02, abs=0.005) and float(r[5].strip('×'))>=1
     assert set(speeds())==set(TEN)
+
+def test_front_page_shows_the_table():
+    readme = (ROOT/'README.md').read_text(encoding='utf-8')
+    for *cells,paper in network_table().rows[1:]: assert f'| {" | ".join(cells)} | [paper]({paper}) |' in readme
+    assert ', '.join(more_networks()) in readme
 
 def test_table_is_aligned_and_drawn():
     t = Table([('a', 'bb'), (10, 'x'), (200, '')])
