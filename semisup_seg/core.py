@@ -10,7 +10,7 @@ __all__ = ['IGNORE', 'PALETTE', 'cmap', 'SPLITS', 'UNLABELED', 'DatasetError', '
            'show_rows', 'image_files', 'split_files', 'unlabeled_files', 'DatasetSummary', 'check_dataset']
 
 # %% ../nbs/00_core.ipynb #3bc4c4ff
-import difflib, os, sys
+import difflib, os, sys, time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -211,11 +211,21 @@ def atomic(
 # %% ../nbs/00_core.ipynb #ef12bf75
 def on_screen(): return IN_NOTEBOOK or sys.stdout.isatty()
 
+def _rated(items, what):
+    start = time.time()
+    for i,o in enumerate(items, 1):
+        yield o
+        items.comment = f'{i/(time.time()-start+1e-9):.1f} {what} a second'
+
 def bar(
-    items, # What to go through; its length is known
+    items,          # What to go through
+    total:int=None, # How many there are; None: their length is known
+    what:str=None,  # What they are, to show how many pass in a second
 ):
-    "`items`, with a progress bar where one can be drawn"
-    return progress_bar(items, leave=False) if on_screen() else items
+    "`items`, with a progress bar and the time left where one can be drawn"
+    if not on_screen(): return items
+    drawn = progress_bar(items, total=total, leave=False)
+    return _rated(drawn, what) if what else drawn
 
 # %% ../nbs/00_core.ipynb #19855bcd
 PALETTE = np.uint8([[20, 20, 20], [242, 142, 43], [78, 121, 167], [89, 161, 79], [225, 87, 89], [176, 122, 161], [237, 201, 72], [118, 183, 178]])

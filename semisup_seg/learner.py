@@ -7,7 +7,7 @@ Docs: https://semisup-seg.github.io/semisup_seg/learner.html.md"""
 # %% auto #0
 __all__ = ['overlap_counts', 'dice', 'jaccard', 'Overlap', 'OverlapView', 'overlap_metrics', 'CEDiceLoss', 'encoder_decoder',
            'log_row', 'LogRows', 'seg_learner', 'KeepBest', 'find_lr', 'fit', 'save_model', 'load_model', 'batches',
-           'to_tensor', 'to_mask', 'predict']
+           'to_tensor', 'likeliest', 'to_mask', 'predict']
 
 # %% ../nbs/20_learner.ipynb #d683d800
 import json, tempfile
@@ -18,7 +18,7 @@ from .core import IGNORE, atomic, check_numbers, check_rates, bar, load_image, o
 from .data import check_size, resize_image
 from .models.core import SegNet, build_model
 
-import numpy as np, torch
+import cv2, numpy as np, torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
@@ -224,13 +224,22 @@ def batches(
 def to_tensor(arrays): return torch.from_numpy(np.stack(arrays)).movedim(-1, 1).float()/255
 
 # %% ../nbs/20_learner.ipynb #6427601b
+def likeliest(
+    maps, # The probabilities of one class after the other, `(h, w)` each
+)->tuple: # Class indices uint8 and the winner's probability, `(h, w)` each
+    "Let the likeliest class of each pixel win; no more than three maps are in memory at a time"
+    mask = conf = None
+    for i,p in enumerate(maps):
+        if conf is None: mask,conf = np.zeros(p.shape, np.uint8), p
+        else: mask[p>conf],conf = i, np.maximum(p, conf)
+    return mask, conf
+
 def to_mask(
     probs:Tensor, # `(c, h, w)`
     size:tuple,   # `(height, width)` of the image, pixels
-)->tuple:         # Class indices uint8 and the winner's probability, `(height, width)` each
+)->tuple:         # As from `likeliest`
     "Bring `probs` to `size` and let the likeliest class win"
-    conf,mask = F.interpolate(probs[None], size, mode='bilinear')[0].max(0)
-    return mask.byte().cpu().numpy(), conf.cpu().numpy()
+    return likeliest(cv2.resize(p, size[::-1]) for p in probs.cpu().numpy())
 
 @torch.inference_mode()
 def predict(
