@@ -9,7 +9,7 @@ import argparse, csv, json, platform, random, shutil, statistics, subprocess, sy
 from pathlib import Path
 
 import semisup_seg.models  # registers the networks
-from semisup_seg.annotate import Look, annotate, correlation, opinions, predict_dice
+from semisup_seg.annotate import annotate, correlation, opinions
 from semisup_seg.core import load_image, parse_codes, split_files
 from semisup_seg.data import resize_image, seg_dls
 from semisup_seg.learner import fit, load_model, save_model, seg_learner, to_mask
@@ -122,3 +122,92 @@ def steps(o):
                     f()
                     rows.append(dict(network=name, step=step, ms=statistics.median(seconds(f) for _ in range(7))/8*1000))
     return rows
+
+PROBE = """import resource, sys, tempfile
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from annotate import network
+from semisup_seg.annotate import annotate
+files, out, kw = sys.argv[2].split('|'), sys.argv[3], eval(sys.argv[4])
+teachers = [network('FPENet', 128) for _ in range(kw.pop('teachers', 1))]
+annotate(teachers, files, out, **kw)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)"""
+
+def peak(files, **kw):
+    "Peak resident memory of a process that annotates `files`, MB, and its seconds"
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as d:
+        res = subprocess.run([sys.executable, '-c', PROBE, Path(__file__).parent, '|'.join(map(str, files)), d, repr(kw)], capture_output=True, text=True, check=True)
+    return float(res.stdout.split()[-1]), time.perf_counter()-start
+
+@part
+def memory(o):
+    "Peak resident memory for more images, more voters, and one large image, FPENet at 128 pixels, batches of eight"
+    files,rows = sorted((o.data/'kvasir_seg_256/images').iterdir()), []
+    with tempfile.TemporaryDirectory() as d:
+        slide = Path(d)/'slide.png'
+        Image.open(files[0]).resize((4000, 3000)).save(slide)
+        cases = [('50 images, 3 views', files[:50], dict(views=FLIPS)), ('500 images, 3 views', files[:500], dict(views=FLIPS)), ('50 images, no views', files[:50], {}),
+            ('50 images, 3 views, 3 teachers', files[:50], dict(views=FLIPS, teachers=3)), ('50 images, 3 views, 3 teachers one after another', files[:50], dict(views=FLIPS, teachers=3, together=False)),
+            ('one image of 4000 × 3000, seen whole', [slide], {}), ('one image of 4000 × 3000 in windows of 256, at 256', [slide], dict(window=256, size=(256, 256)))]
+        for what,some,kw in cases:
+            mb,s = peak(some, **kw)
+            rows.append(dict(case=what, mb=mb, seconds=s))
+            print(f'{mb:.0f} MB  {s:.0f} s  {what}', flush=True)
+    return rows
+
+@part
+def ttach(o):
+    "The same four flips by ttach: the largest difference in any probability, and seconds beside seconds, turn by turn"
+    import ttach
+    m,rows = network('CGNet', 256), []
+    arrays = [resize_image(load_image(f), (256, 256)) for f in sorted((o.data/'kvasir_seg_256/images').iterdir())[:8]]
+    theirs = ttach.SegmentationTTAWrapper(torch.nn.Sequential(m, torch.nn.Softmax(1)), ttach.Compose([ttach.HorizontalFlip(), ttach.VerticalFlip()]))
+    def ours():
+        b = Ballot()
+        for p in opinions([m], arrays, get_views(FLIPS)): b.add(p)
+        return b.total/b.weight
+    @torch.inference_mode()
+    def peer(): return theirs(torch.from_numpy(np.stack(arrays)).movedim(-1, 1).float()/255)
+    difference = (ours()-peer()).abs().max().item()
+    times = [(seconds(ours), seconds(peer)) if i%2 else (seconds(peer), seconds(ours))[::-1] for i in range(9)]
+    return dict(difference=difference, ratio=statistics.median(a/b for a,b in times), rounds=len(times))
+
+@part
+def doubt(o):
+    "Does doubt tell of errors? A teacher of 60 images on test images, calibrated on 20 others"
+    rows = []
+    for name in SETS:
+        path = lay_out(o.data/name, o.work/name)
+        m,test,valid = teacher(path, o.work/f'{name}.pth'), split_files(path, 'test'), split_files(path, 'valid')
+        with tempfile.TemporaryDirectory() as d: ann = annotate(m, [f for f,_ in valid], d, [*FLIPS, 'Gamma'], valid=test)
+        known = {r['image']: r for r in ann.checked if r['dice'] is not None}
+        with tempfile.TemporaryDirectory() as d: ann = annotate(m, [f for f,_ in test], d, [*FLIPS, 'Gamma'], valid=valid)
+        mine = [r for r in ann.rows if r['image'] in known]
+        true = [known[r['image']]['dice'] for r in mine]
+        rows.append(dict(set=name, images=len(mine), dice=float(np.mean(true)), **{k: correlation([r[k] for r in mine], true) for k in ('agreement', 'confidence', 'entropy')},
+            valid=correlation([r['agreement'] for r in ann.checked], [r['dice'] for r in ann.checked]),
+            error=float(np.mean(np.abs(np.subtract([r['predicted_dice'] for r in mine], true)))), error_of_mean=float(np.mean(np.abs(np.mean([r['dice'] for r in ann.checked])-np.array(true)))),
+            points=[[r['agreement'], r['predicted_dice'], t] for r,t in zip(mine, true)]))
+        print({k: v for k,v in rows[-1].items() if k!='points'}, flush=True)
+    return rows
+
+def main():
+    "Measure and write"
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--data', type=Path, required=True, help='folder of the three sets')
+    p.add_argument('--work', type=Path, default=Path(tempfile.gettempdir())/'semisup_seg_bench', help='where splits and teachers are kept for the next run')
+    p.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS), help='what to measure; the figures of the others stay')
+    p.add_argument('--rounds', type=int, default=3, help='rounds of the speed part (3)')
+    p.add_argument('--out', type=Path, default=Path(__file__).parent.parent/'nbs/results/annotate.json')
+    o = p.parse_args()
+    if gone := [s for s in SETS if not (o.data/s/'images').is_dir()]: raise SystemExit(f'{o.data}: has no {", ".join(gone)}')
+    o.work.mkdir(parents=True, exist_ok=True)
+    for name in o.parts:
+        print(f'{name}: {PARTS[name].__doc__}', flush=True)
+        found = PARTS[name](o)
+        old = json.loads(o.out.read_text(encoding='utf-8')) if o.out.exists() else {}
+        new = dict(old, **{name: found}, machine=f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}')
+        o.out.write_text(json.dumps(new, indent=1), encoding='utf-8')
+
+if __name__=='__main__': main()

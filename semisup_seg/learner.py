@@ -48,7 +48,7 @@ class Overlap(Metric):
     "The mean of a score over the classes but the first, from counts over the whole validation set"
     def __init__(self, n): self.n = n
     def reset(self): self.counts = torch.zeros(3, self.n, dtype=torch.float64)
-    def accumulate(self, learn): self.counts += overlap_counts(learn.pred.argmax(1), learn.y, self.n).cpu()
+    def accumulate(self, learn): self.counts += overlap_counts(learn.pred.max(1).indices, learn.y, self.n).cpu()
     @property
     def value(self): return dice(self.counts)[1:].nanmean().item()
     @property
@@ -87,7 +87,7 @@ class CEDiceLoss(nn.Module):
         return F.cross_entropy(logits, targ, ignore_index=IGNORE) + 1-d.mean()
 
     def activation(self, logits): return logits.softmax(1)
-    def decodes(self, logits): return logits.argmax(1)
+    def decodes(self, logits): return logits.max(1).indices
 
 # %% ../nbs/20_learner.ipynb #c8a2a6dc
 def encoder_decoder(model):

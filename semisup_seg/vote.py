@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/29_vote.ipynb #4b21c5b0
+# %% ../nbs/29_vote.ipynb #51af21a5
 votes = {
     'mean': (lambda p: p, lambda s: s),
-    'majority': (lambda p: F.one_hot(p.argmax(1), p.shape[1]).movedim(-1, 1).to(p.dtype), lambda s: s),
+    'majority': (lambda p: F.one_hot(p.max(1).indices, p.shape[1]).movedim(-1, 1).to(p.dtype), lambda s: s),
     'geometric': (lambda p: p.clamp_min(1e-6).log(), lambda s: s.softmax(1))}
 
 # %% ../nbs/29_vote.ipynb #7a4501c8
@@ -40,14 +40,14 @@ def agreement(
     "Mean Dice of each voter with the vote, per image, over the classes but the first that either sees; two that see none agree"
     return dice(counts)[..., 1:].nanmean(-1).nan_to_num(1).mean(0)
 
-# %% ../nbs/29_vote.ipynb #da6ffa3e
+# %% ../nbs/29_vote.ipynb #761b83a7
 def entropy(
     probs:Tensor, # `(n, c, h, w)`
 )->Tensor:        # `(n,)`, 0–1
     "Mean entropy of the pixels of each image, in units of total ignorance"
-    return -(probs*probs.clamp_min(1e-12).log()).sum(1).mean((1, 2))/log(probs.shape[1])
+    return torch.special.entr(probs).sum(1).mean((1, 2))/log(probs.shape[1])
 
-# %% ../nbs/29_vote.ipynb #4902355c
+# %% ../nbs/29_vote.ipynb #af16b338
 class Ballot:
     "A vote in progress on one batch"
     def __init__(self,
@@ -60,11 +60,11 @@ class Ballot:
         cast = self.cast(probs)
         self.total = cast*weight if self.total is None else self.total.add_(cast, alpha=weight)
         self.weight += weight
-        self.labels.append(probs.argmax(1).byte())
+        self.labels.append(probs.max(1).indices.byte())
 
     def result(self):
         probs = self.count(self.total/self.weight)
-        return probs, overlaps(self.labels, probs.argmax(1), probs.shape[1])
+        return probs, overlaps(self.labels, probs.max(1).indices, probs.shape[1])
 
 def vote(
     opinions,     # Probability tensors `(n, c, h, w)`, one per teacher and view
