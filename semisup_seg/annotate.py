@@ -9,7 +9,7 @@ __all__ = ['COLUMNS', 'CHECKED', 'NUMBERS', 'PARTS', 'Look', 'ahead', 'opinions'
            'correlation', 'predict_dice', 'show_annotations', 'show_calibration', 'mask_names', 'Journal', 'Sums',
            'Heard', 'Writer', 'annotate', 'validation_dice', 'write_masks']
 
-# %% ../nbs/31_annotate.ipynb #9e9a1467
+# %% ../nbs/31_annotate.ipynb #b6e8ff5b
 import csv, hashlib, json, re, shutil
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from .core import DatasetError, atomic, check_numbers, bar, image_files, load_image, load_mask, overlay, show_rows
 from .data import check_size, resize_image
-from .learner import _model, dice, likeliest, load_model, overlap_counts, to_mask
+from .learner import _model, dice, likeliest, load_model, overlap_counts, predict, to_mask
 from .views import get_views
 from .vote import Ballot, agreement, entropy
 from .windows import cut, join

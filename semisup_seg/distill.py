@@ -89,7 +89,7 @@ class Run:
         with atomic(self.file) as f: f.write_text(json.dumps(self.record, indent=1), encoding='utf-8')
 
 # %% ../nbs/40_distill.ipynb #bad7775f
-OUTPUTS = 'annotations', 'annotations.csv', 'report.json', 'report.html', 'run.json'
+OUTPUTS = 'annotations', 'annotations.csv', 'calibration.csv', 'report.json', 'report.html', 'run.json'
 
 def _read_run(file):
     "The record in `file`, None if there is none; a `ValueError` if it cannot be read"
@@ -164,7 +164,7 @@ def _label(run, learn, views, path, size, bs):
     if run.done('annotations'): return read_annotations(out)
     files = unlabeled_files(path)
     print(f'annotating {len(files)} images, {1+len(views)} opinions each', flush=True)
-    ann = annotate(learn, files, out, views, size, bs)
+    ann = annotate(learn, files, out, views, size, bs, valid=split_files(path, 'valid'))
     run.finish('annotations', images=len(ann))
     return ann
 

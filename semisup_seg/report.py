@@ -13,7 +13,7 @@ import base64, html, io, json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .annotate import Annotations
+from .annotate import Annotations, trust
 from .core import DatasetError, Table, atomic, load_image, load_mask, overlay, split_files
 from .learner import _model, dice, jaccard, overlap_counts, predict
 
@@ -164,15 +164,15 @@ def curves(
     return fig
 
 def _pseudo(ann, codes):
-    "Confidence of the pseudo-labels: histogram, least and most trusted"
+    "How far the pseudo-labels can be trusted: histogram, least and most trusted"
     fig = Figure(figsize=(5, 2), layout='constrained')
-    ax = fig.subplots()
-    ax.hist([r['confidence'] for r in ann.rows], bins=20, color='C0')
-    ax.set(xlabel='confidence: mean probability of the winning class', ylabel='images')
-    rank = ann.ranked()
+    ax,k,rank = fig.subplots(), trust(ann.rows), ann.ranked()
+    what = dict(confidence='confidence: mean probability of the winning class', agreement='agreement: mean Dice of each voter with the vote')[k]
+    ax.hist([r[k] for r in rank], bins=20, color='C0')
+    ax.set(xlabel=what, ylabel='images')
     def _tag(r): return _img(overlay(load_image(r['image']), load_mask(ann.out/r['mask'], codes)), 'mask')
-    rows = [(f'{name}: confidence {some[0]["confidence"]:.3f} to {some[-1]["confidence"]:.3f}', [_tag(r) for r in some]) for name,some in (('least trusted', rank[:4]), ('most trusted', rank[-4:]))]
-    return _img(fig, 'histogram of confidence') + _grid(['']*4, rows)
+    rows = [(f'{name}: {k} {some[0][k]:.3f} to {some[-1][k]:.3f}', [_tag(r) for r in some]) for name,some in (('least trusted', rank[:4]), ('most trusted', rank[-4:]))]
+    return _img(fig, f'histogram of {k}') + _grid(['']*4, rows)
 
 # %% ../nbs/41_report.ipynb #09df2bca
 STYLE = '''<style>
@@ -215,7 +215,7 @@ def make_report(
     report = Report(split, scores[-1], scores[0] if baseline is not None else None, settings)
     sections = {f'Cases from the {"test" if split=="test" else "validation"} set': _cases(report, pairs, models)}
     if histories: sections['Training'] = _img(curves(histories), 'training curves')
-    if annotations: sections['Pseudo-labels by confidence'] = _pseudo(annotations, _model(target).codes)
+    if annotations: sections['Pseudo-labels, the least and the most trusted'] = _pseudo(annotations, _model(target).codes)
     if settings: sections['Run'] = f'<pre>{html.escape(json.dumps(settings, indent=1, default=str))}</pre>'
     report.page = render_page(report, sections)
     return report

@@ -1,16 +1,17 @@
 "The vote by hand, masks that match their images, and nothing half-done that looks whole"
-import csv
+import csv, gc, json, os, resource, weakref
 
 import numpy as np, pytest, torch
-from conftest import disc, make_model, photo, save, tree
+from conftest import disc, make_model, photo, python, save, tree
 from PIL import Image
 
 import semisup_seg.annotate as N
-from semisup_seg.annotate import COLUMNS, Annotations, annotate, opinions, read_annotations, vote, write_masks
-from semisup_seg.core import DatasetError, load_image, load_mask, parse_codes, unlabeled_files
+from semisup_seg.annotate import COLUMNS, Annotations, annotate, correlation, opinions, predict_dice, read_annotations, show_annotations, show_calibration, validation_dice, write_masks
+from semisup_seg.core import DatasetError, load_image, load_mask, parse_codes, split_files, unlabeled_files
 from semisup_seg.data import resize_image
-from semisup_seg.learner import predict, to_mask
+from semisup_seg.learner import predict, save_model, to_mask
 from semisup_seg.views import get_views, views
+from semisup_seg.vote import vote
 
 @pytest.fixture
 def files(trained_discs): return unlabeled_files(trained_discs)
@@ -21,13 +22,16 @@ class Bright(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.w = torch.nn.Parameter(torch.tensor(60.))
-    def forward(self, x): return torch.cat([0*x[:, :1], (x[:, :1]-0.5)*self.w], 1)
+        self.seen = []
+    def forward(self, x):
+        self.seen.append(len(x))
+        return torch.cat([0*x[:, :1], (x[:, :1]-0.5)*self.w], 1)
 
 def pictures(folder, n=5):
     "`n` images of different sizes with a bright disc at different places; and where it is"
     rng,res = np.random.default_rng(1), {}
     for i in range(n):
-        d = disc(50+20*i, 90-9*i, rng)
+        d = disc(50+20*i, 90-9*(i%6), rng)
         res[save(folder/f'p{i}.png', np.uint8(d*200+20))] = d
     return res
 
@@ -97,12 +101,12 @@ def test_training_mode_is_left(files, tmp_path):
 def test_table_is_complete_and_read_again(tiny, files, tmp_path):
     ann = annotate(tiny, files, tmp_path, ['Gamma'])
     with open(tmp_path/'annotations.csv', newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
-    assert tuple(rows[0])==COLUMNS and [r['image'] for r in rows]==[str(f) for f in files]
-    for r in rows: assert 0.5<=float(r['confidence'])<=1 and 0<=float(r['agreement'])<=1 and (tmp_path/r['mask']).is_file()
-    assert tree(tmp_path).keys()=={'annotations.csv', *(f'annotations/{f.stem}.png' for f in files)}
+    assert tuple(rows[0])==COLUMNS and {r['predicted_dice'] for r in rows}=={''} and [r['image'] for r in rows]==[str(f) for f in files]
+    for r in rows: assert 0.5<=float(r['confidence'])<=1 and 0<=float(r['agreement'])<=1 and 0<=float(r['entropy'])<=1 and (tmp_path/r['mask']).is_file()
+    assert tree(tmp_path).keys()=={'annotations.csv', 'annotations/.journal', *(f'annotations/{f.stem}.png' for f in files)}
     again = read_annotations(tmp_path)
     assert again==ann and len(again.pairs)==5 and f'{len(files)} annotations' in repr(again)
-    assert [r['confidence'] for r in again.ranked()]==sorted(float(r['confidence']) for r in rows)
+    assert [r['agreement'] for r in again.ranked()]==sorted(float(r['agreement']) for r in rows)
 
 def test_awkward_file_names_survive(tiny, tmp_path):
     for n in ('a, b.png', 'quote".png', 'ä ö.png', 'x.y.png'): save(tmp_path/'in'/n, np.uint8(np.random.default_rng(0).integers(0, 255, (20, 30))))
@@ -111,10 +115,10 @@ def test_awkward_file_names_survive(tiny, tmp_path):
 
 @pytest.mark.parametrize('word,used', [('True', True), ('False', False), ('TRUE', True), ('FALSE', False), ('true', True)])
 def test_used_as_a_spreadsheet_writes_it(tmp_path, word, used):
-    (tmp_path/'annotations.csv').write_text(f'image,mask,confidence,agreement,used\na.png,annotations/a.png,0.9,0.8,{word}\n')
+    (tmp_path/'annotations.csv').write_text(f'{",".join(COLUMNS)}\na.png,annotations/a.png,0.9,0.1,0.8,,{word},\n')
     assert len(read_annotations(tmp_path).pairs)==used
 
-@pytest.mark.parametrize('text', ['', 'x', 'image,mask\na,b\n', f'{",".join(COLUMNS)}\na,b,much,0.5,True\n', f'{",".join(COLUMNS)}\na,b\n'])
+@pytest.mark.parametrize('text', ['', 'x', 'image,mask\na,b\n', f'{",".join(COLUMNS)}\na,b,much,0.5,0.5,,True,\n', f'{",".join(COLUMNS)}\na,b,,,,,True,\n', f'{",".join(COLUMNS)}\na,b\n'])
 def test_spoilt_table(tmp_path, text):
     (tmp_path/'annotations.csv').write_text(text)
     with pytest.raises(ValueError, match='annotations.csv'): read_annotations(tmp_path)
@@ -123,8 +127,8 @@ def test_no_table(tmp_path):
     with pytest.raises(ValueError, match='no such file'): read_annotations(tmp_path)
 
 def test_unused_rows_are_no_pairs(tmp_path):
-    rows = [dict(image=f'{i}.png', mask=f'annotations/{i}.png', confidence=0.9, agreement=1.0, used=i>0) for i in range(3)]
-    Annotations(tmp_path, rows).save()
+    rows = [dict(image=f'{i}.png', mask=f'annotations/{i}.png', confidence=0.9, entropy=0.1, agreement=1.0, predicted_dice=None, used=i>0, error='') for i in range(3)]
+    Annotations(tmp_path, rows, []).save()
     assert [f.name for f in read_annotations(tmp_path).pairs]==['1.png', '2.png']
 
 # --- what is refused
@@ -138,7 +142,8 @@ def test_teachers_with_different_classes(tiny, files, tmp_path, codes, n):
 
 @pytest.mark.parametrize('bad,message', [
     (dict(teachers=[]), 'teachers: none'), (dict(files=[]), 'files: no images'), (dict(views=['Rotate']), 'Unknown view'), (dict(size=(4, 4)), 'size is'),
-    (dict(views=['Gamma', 'gamma']), 'more than once'), (dict(bs=0), 'bs is 0'), (dict(bs=-1), 'bs is -1'), (dict(bs=2.5), 'bs is 2.5')])
+    (dict(views=['Gamma', 'gamma']), 'more than once'), (dict(bs=0), 'bs is 0'), (dict(bs=-1), 'bs is -1'), (dict(bs=2.5), 'bs is 2.5'), (dict(vote='mode'), 'Unknown vote'), (dict(weights=[1, 1]), 'weights'), (dict(weights=[-1]), 'weights'), (dict(weights=[0]), 'weights'),
+    (dict(window=3), 'window is 3'), (dict(teachers=['nowhere.pth']), 'nowhere.pth: no such file')])
 def test_bad_arguments_leave_an_earlier_result_alone(tiny, files, tmp_path, bad, message):
     annotate(tiny, files, tmp_path)
     before = tree(tmp_path)
@@ -151,11 +156,25 @@ def test_size_below_a_networks_minimum(files, tmp_path, tiny):
     with pytest.raises(ValueError, match='PAN needs'): annotate(make_model(name='PAN', size=(128, 128)), files, tmp_path, size=(64, 64))
     assert tree(tmp_path)==before
 
-def test_same_stem_twice(tiny, tmp_path):
-    for n in ('a/x.png', 'b/x.png', 'b/x.bmp'): save(tmp_path/n, np.zeros((20, 20), np.uint8))
-    for f in ([tmp_path/'a/x.png', tmp_path/'b/x.png'], tmp_path/'b'):
-        for call in (annotate, write_masks):
-            with pytest.raises(DatasetError, match="the stem 'x' stands twice"): call(tiny, f, tmp_path/'out')
+def test_a_view_below_a_networks_minimum(files, tmp_path):
+    m = make_model(name='PAN', size=(128, 128))
+    with pytest.raises(ValueError, match='96 pixels at the smallest view; PAN needs'): annotate(m, files, tmp_path, ['Scale 0.75'])
+
+@pytest.mark.parametrize('call', [annotate, write_masks])
+def test_same_stems_get_a_mask_each(tmp_path, call):
+    truth = {}
+    for i,n in enumerate(('a/x.png', 'b/x.png', 'b/x.bmp', 'b/X.tif', 'b/y.png')):
+        truth[tmp_path/n] = disc(60, 70, np.random.default_rng(i))
+        save(tmp_path/n, np.uint8(truth[tmp_path/n]*200+20))
+    for _ in range(2):
+        got = call(Bright(), list(truth), tmp_path/'out')
+        pairs = got.pairs if call is annotate else dict(zip(truth, got))
+        assert len({str(m).lower() for m in pairs.values()})==5 and pairs[tmp_path/'b/y.png'].name=='y.png' and list(pairs)==list(truth)
+        for f,m in pairs.items(): assert ((np.array(Image.open(m))==200)==truth[f]).mean()>0.96 and m.stem.startswith(f.stem)
+
+@pytest.mark.parametrize('call', [annotate, write_masks])
+def test_the_same_file_twice(tiny, files, tmp_path, call):
+    with pytest.raises(DatasetError, match='is given 2 times'): call(tiny, [files[0]]*2, tmp_path/'out')
     assert not (tmp_path/'out').exists()
 
 @pytest.mark.parametrize('name', ['notes.txt', 'mine.png', 'sub/a.png'])
@@ -200,7 +219,7 @@ def test_missing_files_are_named(tiny, files, tmp_path, call):
 
 # --- interruption
 
-@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt, OSError])
+@pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt, OSError])
 def test_interruption_leaves_nothing_that_looks_whole(monkeypatch, tiny, files, tmp_path, error):
     annotate(tiny, files, tmp_path)
     calls,real = [], N.to_mask
@@ -225,11 +244,307 @@ def test_a_mask_that_cannot_be_written_leaves_no_half_file(monkeypatch, tiny, fi
     with pytest.raises(OSError): write_masks(tiny, files, tmp_path/'m')
     assert not list(tmp_path.rglob('*.png')) and not (tmp_path/'annotations.csv').exists()
 
-def test_unreadable_image_is_named(tiny, tmp_path):
-    save(tmp_path/'in/a.png', np.zeros((20, 20), np.uint8))
-    (tmp_path/'in/b.png').write_bytes(b'broken')
-    with pytest.raises(DatasetError, match='b.png: cannot be read'): annotate(tiny, tmp_path/'in', tmp_path/'out')
-    assert not (tmp_path/'out/annotations.csv').exists()
+def test_unreadable_images_are_reported_and_do_not_stop_the_rest(tmp_path, capsys):
+    truth = pictures(tmp_path/'in')
+    for n in ('p1b', 'p9'): (tmp_path/f'in/{n}.png').write_bytes(b'broken')
+    ann = annotate(Bright(), tmp_path/'in', tmp_path/'out', ['H Flip'], bs=2)
+    assert '2 of 7 images could not be read' in capsys.readouterr().out and 'p1b.png, p9.png' in repr(ann)
+    assert list(ann.pairs)==list(truth) and [r['image'] for r in ann.unread]==[str(tmp_path/f'in/{n}.png') for n in ('p1b', 'p9')]
+    assert read_annotations(tmp_path/'out')==ann
+    for r in ann.unread: assert 'cannot be read' in r['error'] and not r['used'] and r['mask']=='' and r['confidence'] is None
+    for f,m in ann.pairs.items(): assert ((np.array(Image.open(m))==200)==truth[f]).mean()>0.96
+    save(tmp_path/'in/p9.png', np.full((30, 30), 220, np.uint8))
+    assert len(annotate(Bright(), tmp_path/'in', tmp_path/'out', ['H Flip'], bs=2).unread)==1
+
+def test_nothing_but_unreadable_images(tiny, tmp_path):
+    (tmp_path/'a.png').write_bytes(b'broken')
+    ann = annotate(tiny, [tmp_path/'a.png'], tmp_path/'out', valid=[])
+    assert len(ann)==1 and not ann.pairs and 'could not be read' in repr(ann)
+
+# --- going on
+
+def counted(m): return sum(m.seen)
+
+def test_a_finished_call_is_not_repeated(tmp_path):
+    truth,m = pictures(tmp_path/'in'), Bright()
+    ann = annotate(m, list(truth), tmp_path/'out', ['H Flip'])
+    n,before = counted(m), tree(tmp_path/'out')
+    assert annotate(m, list(truth), tmp_path/'out', ['H Flip'], bs=3)==ann and counted(m)==n and tree(tmp_path/'out')==before
+
+def test_only_new_and_changed_images_are_seen(tmp_path):
+    truth,m = pictures(tmp_path/'in'), Bright()
+    annotate(m, tmp_path/'in', tmp_path/'out', bs=1)
+    n = counted(m)
+    save(tmp_path/'in/new.png', np.full((30, 30), 220, np.uint8))
+    save(tmp_path/'in/p2.png', np.full((30, 31), 220, np.uint8))
+    ann = annotate(m, tmp_path/'in', tmp_path/'out', bs=1)
+    assert counted(m)==n+2 and len(ann)==6 and (np.array(Image.open(ann.pairs[tmp_path/'in/p2.png']))==200).all()
+    ann.pairs[tmp_path/'in/p0.png'].unlink()
+    assert len(annotate(m, tmp_path/'in', tmp_path/'out', bs=1).pairs)==6 and counted(m)==n+3
+    assert len(annotate(m, list(truth)[:2], tmp_path/'out', bs=1))==2 and counted(m)==n+3
+    assert {f.name for f in (tmp_path/'out/annotations').glob('*.png')}=={'p0.png', 'p1.png'}
+
+def test_what_was_rejected_stays_rejected(tiny, files, tmp_path):
+    ann = annotate(tiny, files, tmp_path)
+    ann.rows[2]['used'] = False
+    ann.save()
+    assert [r['used'] for r in annotate(tiny, files, tmp_path).rows]==[True, True, False, True, True]
+
+OTHER = dict(views=['V Flip'], size=(32, 64), vote='majority', weights=[2.], window=64, confidence=True, soft=True)
+
+@pytest.mark.parametrize('what', [*OTHER, 'teachers'])
+def test_another_question_uses_no_old_mask(files, tmp_path, what):
+    m,other = Bright(), Bright()
+    with torch.no_grad(): other.w += 1
+    annotate(m, files, tmp_path, ['H Flip'])
+    n = counted(m)
+    annotate(**{**dict(teachers=other if what=='teachers' else m, files=files, out=tmp_path, views=['H Flip']), **{k: v for k,v in OTHER.items() if k==what}})
+    assert counted(m)+counted(other)>=n+5 and len(read_annotations(tmp_path))==5
+    annotate(m, files, tmp_path, ['H Flip'])
+    assert tree(tmp_path).keys()=={'annotations.csv', 'annotations/.journal', *(f'annotations/{f.stem}.png' for f in files)}
+
+KILLER = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[4])
+torch.set_num_threads(1)
+import test_annotate as T
+class Slow(T.Bright):
+    def forward(self, x):
+        time.sleep(0.15)
+        return super().forward(x)
+src, out, plain = map(Path, sys.argv[1:4])
+def run(kind, to): T.annotate([kind(), kind()], src, to, ['H Flip'], bs=2, soft=True, confidence=True, together=False, valid=[])
+def child(kind, to):
+    if pid := os.fork(): return pid
+    try: run(kind, to)
+    finally: os._exit(0)
+done, kills = lambda: len(list((out/'annotations').glob('*.png')) + list(out.glob('.sums-*/*total.npy'))), 0
+while True:
+    start, pid = done(), child(Slow, out)
+    while os.waitpid(pid, os.WNOHANG)==(0, 0):
+        if kills<4 and done()>=start+2:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            kills += 1
+            break
+        time.sleep(0.02)
+    else: break
+os.waitpid(child(T.Bright, plain), 0)
+print(kills)"""
+
+def test_killed_again_and_again_it_ends_like_an_unbroken_one(tmp_path):
+    pictures(tmp_path/'in', 12)
+    res = python(KILLER, tmp_path/'in', tmp_path/'out', tmp_path/'plain', os.path.dirname(__file__), timeout=120)
+    assert res.stdout.split()[-1]=='4', res.stderr
+    a,b = tree(tmp_path/'out'), tree(tmp_path/'plain')
+    for t in (a, b): t.pop('annotations/.journal')
+    assert a==b and len(a)==3*12+1
+
+def test_a_torn_journal(files, tmp_path):
+    m = Bright()
+    before = (annotate(m, files, tmp_path, bs=1), tree(tmp_path))
+    j,n = tmp_path/'annotations/.journal', counted(m)
+    j.write_text(j.read_text()[:-20])
+    (tmp_path/'annotations.csv').unlink()
+    (tmp_path/'annotations/.77-u4.png').write_bytes(b'half')
+    assert annotate(m, files, tmp_path, bs=1)==before[0] and counted(m)==n+1
+    assert tree(tmp_path).keys()==before[1].keys()
+
+# --- memory, disk
+
+class Greedy(Bright):
+    "A network for which memory runs out with more than `most` images"
+    def __init__(self, most, error):
+        super().__init__()
+        self.most,self.error = most, error
+    def forward(self, x):
+        if len(x)>self.most: raise self.error
+        return super().forward(x)
+
+@pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA out of memory'), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), MemoryError()])
+def test_out_of_memory_halves_the_batch(tmp_path, capsys, error):
+    truth,m = pictures(tmp_path/'in', 9), Greedy(2, error)
+    ann = annotate(m, tmp_path/'in', tmp_path/'out', ['H Flip'], bs=8)
+    assert capsys.readouterr().out.splitlines()==['out of memory: going on with 4 images at once', 'out of memory: going on with 2 images at once']
+    assert set(m.seen)=={2, 1} and len(ann.pairs)==9
+    for f,k in ann.pairs.items(): assert ((np.array(Image.open(k))==200)==truth[f]).mean()>0.96
+
+def test_out_of_memory_with_one_image(files, tmp_path):
+    with pytest.raises(MemoryError, match='single image of 48×64 pixels; choose a smaller size'): annotate(Greedy(0, MemoryError()), files, tmp_path)
+
+def test_another_error_of_a_network_is_not_hidden(files, tmp_path):
+    with pytest.raises(RuntimeError, match='device-side assert'): annotate(Greedy(0, RuntimeError('device-side assert')), files, tmp_path)
+
+def test_full_disk(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(6): save(tmp_path/f'in/{i}.png', np.full((40, 40), 220, np.uint8) if i!=3 else rng.integers(0, 256, (48*8, 64*8)).astype(np.uint8))
+    m,soft = Bright(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    m.size = 48*8, 64*8
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, soft[1]))  # the operating system refuses larger files
+    try:
+        with pytest.raises(OSError, match='cannot be written .*the same call goes on from there'): annotate(m, tmp_path/'in', tmp_path/'out', bs=1)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+    assert not (tmp_path/'out/annotations.csv').exists() and {f.name for f in (tmp_path/'out/annotations').iterdir()}>={'.journal', '0.png', '1.png', '2.png'} and not (tmp_path/'out/annotations/3.png').exists()
+    n = counted(m)
+    assert len(annotate(m, tmp_path/'in', tmp_path/'out', bs=1).pairs)==6 and counted(m)-n<=3
+
+def test_read_only_folder(tiny, files, tmp_path):
+    out = tmp_path/'out'
+    out.mkdir(mode=0o555)
+    if os.geteuid()==0: out = '/proc/annotations'  # the superuser writes everywhere else
+    with pytest.raises(OSError, match=f'{out}: cannot be written'): annotate(tiny, files, out)
+
+def test_few_images_are_in_memory(monkeypatch, tmp_path):
+    for i in range(60): save(tmp_path/f'in/{i}.png', np.full((20, 30), 3*i, np.uint8))
+    alive,most = weakref.WeakSet(), []
+    class Counted(N.Heard):
+        __hash__ = object.__hash__
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.add(self)
+            most.append(len(alive))
+    monkeypatch.setattr(N, 'Heard', Counted)
+    annotate(Bright(), tmp_path/'in', tmp_path/'out', ['H Flip'], bs=2)
+    assert len(most)==60 and max(most)<=20
+
+# --- teachers one after another
+
+class Trained(Bright):
+    def __init__(self, w):
+        super().__init__()
+        with torch.no_grad(): self.w.fill_(w)
+
+@pytest.mark.parametrize('how', ['mean', 'majority', 'geometric'])
+def test_one_after_another_is_the_same_vote(tmp_path, how):
+    pictures(tmp_path/'in')
+    kw = dict(files=tmp_path/'in', views=['H Flip', 'Gamma', 'Rotate 90'], vote=how, weights=[1, 0.5, 2], bs=2, soft=True)
+    a,b = (annotate([Trained(w) for w in (5, -9, 3)], out=tmp_path/str(t), together=t, **kw) for t in (True, False))
+    for r,q in zip(a.rows, b.rows):
+        for k in ('confidence', 'entropy', 'agreement'): assert r[k]==pytest.approx(q[k], abs=1e-3)
+        assert (load_mask(a.out/r['mask'])==load_mask(b.out/q['mask'])).mean()>0.999
+        soft = [np.load(o.out/f'soft/{f.stem}.npy').astype(int) for o,f in ((a, a.out/r['mask']), (b, b.out/r['mask']))]
+        assert abs(soft[0]-soft[1]).max()<=1
+    assert not list((tmp_path/'False').glob('.sums*'))
+
+def test_only_one_teacher_is_in_memory(monkeypatch, files, tmp_path):
+    names,alive,most = [save_model(make_model(seed=i), tmp_path/f'{i}.pth') for i in range(3)], weakref.WeakSet(), []
+    real = N.load_model
+    def load(f):
+        gc.collect()
+        alive.add(m := real(f))
+        most.append(len(alive))
+        return m
+    monkeypatch.setattr(N, 'load_model', load)
+    annotate(names, files, tmp_path/'out', ['H Flip'], together=False)
+    assert max(most)==1 and len(most)==6
+
+def test_interrupted_between_teachers_the_first_is_not_asked_again(tmp_path):
+    pictures(tmp_path/'in')
+    first,bad,good = Trained(5), Greedy(0, KeyboardInterrupt()), Bright()
+    with pytest.raises(KeyboardInterrupt): annotate([first, bad], tmp_path/'in', tmp_path/'out', together=False, bs=2)
+    n = counted(first)
+    assert n==5
+    ann = annotate([first, good], tmp_path/'in', tmp_path/'out', together=False, bs=2)  # the weights are the same, so it is the same call
+    assert counted(first)==n and counted(good)==5 and len(ann.pairs)==5
+    assert [r['confidence'] for r in ann.rows]==[r['confidence'] for r in annotate([Trained(5), Bright()], tmp_path/'in', tmp_path/'plain', bs=2).rows]
+
+# --- doubt
+
+def test_predicted_dice_is_the_line_through_the_validation_images(tiny, trained_discs, files, tmp_path):
+    pairs = split_files(trained_discs, 'valid') + split_files(trained_discs, 'train')
+    ann = annotate(tiny, files, tmp_path, ['H Flip', 'Gamma'], valid=pairs)
+    assert [r['image'] for r in ann.checked]==[str(i) for i,_ in pairs] and read_annotations(tmp_path)==ann
+    plain = annotate(tiny, [i for i,_ in pairs], tmp_path/'pairs', ['H Flip', 'Gamma'])
+    for r,p,(_,l) in zip(ann.checked, plain.rows, pairs):
+        mask,true = load_mask(plain.out/p['mask'], tiny.codes), load_mask(l, tiny.codes)
+        assert r['dice']==pytest.approx(2*((mask==1)&(true==1)).sum()/((mask==1).sum()+(true==1).sum()), abs=1e-4)
+        assert r['agreement']==pytest.approx(p['agreement'], abs=0.02)
+    a,b = np.polyfit([r['agreement'] for r in ann.checked], [r['dice'] for r in ann.checked], 1)
+    assert [r['predicted_dice'] for r in ann.rows]==pytest.approx([np.clip(a*r['agreement']+b, 0, 1) for r in ann.rows], abs=1e-4)
+    assert {f.name for f in (tmp_path/'annotations').glob('*.png')}=={f'{f.stem}.png' for f in files}
+
+def row(agreement, dice=None, confidence=0.8): return dict(agreement=agreement, confidence=confidence, dice=dice)
+
+@pytest.mark.parametrize('checked,want', [([], [None, None]), ([row(0.5, None)], [None, None]), ([row(0.5, 0.6)], [0.6, 0.6]), ([row(0.5, 0.6), row(0.9, 0.8)], [0.7, 0.7]),
+    ([row(0.5, 0.6)]*3, [0.6, 0.6]), ([row(0.5, 0.5), row(0.7, 0.7), row(0.9, 0.9)], [0.6, 1.0]), ([row(0.5, 0.9), row(0.9, 0.9), row(0.7, None), row(0.6, 0.9)], [0.9, 0.9])])
+def test_predictions_from_little(checked, want): assert predict_dice([row(0.6), row(1.2)], checked)==pytest.approx(want)
+
+def test_a_single_voter_is_judged_by_its_confidence():
+    checked = [row(1, d, c) for d,c in ((0.5, 0.6), (0.6, 0.7), (0.7, 0.8))]
+    assert predict_dice([row(1, None, 0.9)], checked)==pytest.approx([0.8])
+
+def test_correlation():
+    assert correlation([1, 2, 3], [2, 4, 9])==pytest.approx(1) and correlation([1, 2, 3], [3, 2, 1])==pytest.approx(-1) and np.isnan(correlation([1, 1], [1, 2]))
+
+def test_weights_from_the_validation_images(tiny, trained_discs, tmp_path):
+    pairs = split_files(trained_discs, 'valid')
+    f = save_model(tiny, tmp_path/'m.pth')
+    got = validation_dice([tiny, f, make_model(seed=3)], pairs)
+    assert got[0]==pytest.approx(got[1]) and got[0]!=got[2]
+    assert got[0]==pytest.approx(np.mean([N._score(predict(tiny, i), l, tiny.codes) for i,l in pairs]))
+
+def test_pictures(monkeypatch, tiny, trained_discs, files, tmp_path):
+    seen = []
+    monkeypatch.setattr(N, 'show_rows', lambda rows, **kw: seen.append([len(r) for r in rows]))
+    ann = annotate(tiny, files, tmp_path, ['H Flip'], valid=split_files(trained_discs, 'valid'))
+    show_annotations(ann, tiny.codes, 2)
+    show_annotations(ann, tiny.codes, 9)
+    assert seen==[[2, 2], [5, 5]]
+    show_calibration(ann)
+    with pytest.raises(ValueError, match='no validation image'): show_calibration(annotate(tiny, files, tmp_path))
+
+@pytest.mark.parametrize('window', [None, 40])
+def test_confidence_and_soft_probabilities(tmp_path, window):
+    pictures(tmp_path/'in')
+    ann = annotate(Trained(5), tmp_path/'in', tmp_path/'out', ['H Flip'], confidence=True, soft=True, window=window)
+    for f,m in ann.pairs.items():
+        conf,soft,shape = np.array(Image.open(tmp_path/f'out/confidence/{m.name}')), np.load(tmp_path/f'out/soft/{m.stem}.npy', mmap_mode='r'), load_image(f).shape[:2]
+        assert (conf.dtype, conf.shape)==(np.uint8, shape) and conf.mean()/255==pytest.approx(next(r for r in ann.rows if r['image']==str(f))['confidence'], abs=2e-3)
+        assert (soft.dtype, soft.shape)==(np.uint8, (2, *(shape if window else (48, 64)))) and abs(soft.sum(0, dtype=int)-255).max()<=1
+        mask,_ = to_mask(torch.from_numpy(np.float32(soft/255)), shape)
+        assert (Bright.codes.decode(mask)==np.array(Image.open(m))).mean()>0.98
+
+# --- all kinds of images
+
+@pytest.mark.parametrize('kind', ['8 bit', '16 bit', 'colour', 'palette', 'alpha', 'turned', 'tiff'])
+def test_all_kinds_of_images(tmp_path, kind):
+    d = disc(60, 100, np.random.default_rng(0))
+    a,f = np.uint8(d*200+20), tmp_path/'in/a.png'
+    if kind=='16 bit': save(f, a.astype(np.uint16)*257)
+    elif kind=='colour': save(f, np.repeat(a[..., None], 3, -1))
+    elif kind=='alpha': save(f, np.dstack([a]*3+[a*0+255]))
+    elif kind=='tiff': f = save(f.with_suffix('.tif'), a.astype(np.uint16)*257)
+    else: save(f, a)
+    if kind=='palette': Image.open(f).convert('P').save(f)
+    if kind=='turned':
+        exif = Image.Exif()
+        exif[0x0112] = 8
+        f = save(tmp_path/'in/b.jpg', np.rot90(a, -1).copy(), exif=exif, quality=95)
+    m = np.array(Image.open(annotate(Bright(), [f], tmp_path/'out', ['Rotate 270', 'V Flip']).pairs[f]))
+    assert m.shape==(60, 100) and ((m==200)==d).mean()>0.96
+
+@pytest.mark.parametrize('call', [annotate, write_masks])
+def test_large_images_are_seen_in_windows(tmp_path, call):
+    big = np.uint8(np.random.default_rng(0).integers(0, 2, (300, 430))*200+20).repeat(2, 0).repeat(2, 1)
+    m,files = Bright(), [save(tmp_path/'big.png', big), save(tmp_path/'small.png', big[:48, :64]), save(tmp_path/'long.png', big[:20, :200])]
+    m.size = 64, 64
+    got = call(m, files, tmp_path/'out', window=64)
+    got = list(got.pairs.values()) if call is annotate else got
+    for f,k in zip(files, got): assert ((np.array(Image.open(k))==200)==(np.array(Image.open(f))>100)).mean()==1
+    lost = call(m, files[:1], tmp_path/'whole')
+    lost = next(iter(lost.pairs.values())) if call is annotate else lost[0]
+    assert ((np.array(Image.open(lost))==200)==(big>100)).mean()<0.8
+    if call is annotate: assert all(r['agreement']==1 and r['confidence']>0.9 for r in read_annotations(tmp_path/'out').rows)
+
+def test_same_as_ttach(tiny):
+    import ttach
+    arrays = [np.random.default_rng(i).integers(0, 256, (32, 64, 3)).astype(np.uint8) for i in range(4)]
+    theirs = ttach.SegmentationTTAWrapper(torch.nn.Sequential(tiny, torch.nn.Softmax(1)), ttach.Compose([ttach.HorizontalFlip(), ttach.VerticalFlip()]))
+    with torch.no_grad(): want = theirs(torch.from_numpy(np.stack(arrays)).movedim(-1, 1)/255)
+    got,_ = vote(opinions([tiny], arrays, get_views(['H Flip', 'V Flip', 'H+V Flip'])))
+    assert (got-want).abs().max()<1e-5
 
 # --- write_masks
 
@@ -251,4 +566,4 @@ def test_write_masks_needs_classes(files, tmp_path):
 def test_write_masks_bad_batch(tiny, files, tmp_path, bs):
     with pytest.raises(ValueError, match='bs is'): write_masks(tiny, files, tmp_path/'out', bs=bs)
 
-def test_all_views_together(tiny, files, tmp_path): assert len(annotate(tiny, files[:2], tmp_path, list(views)))==2
+def test_all_views_together(tiny, files, tmp_path): assert len(annotate(tiny, files[:2], tmp_path, list(views), size=(64, 96)))==2

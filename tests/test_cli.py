@@ -78,6 +78,19 @@ def test_distill_predict_annotate(run, place, tmp_path):
         assert code==0 and f'{5 if not i else 1} annotations' in out and (tmp_path/f'ann{i}/annotations.csv').is_file()
     assert tree(place/'d')==before
 
+def test_annotate_has_it_all(run, place, tmp_path):
+    (tmp_path/'in').mkdir()
+    for f in (place/'d/unlabeled_images').iterdir(): shutil.copy(f, tmp_path/'in')
+    (tmp_path/'in/broken.png').write_bytes(b'no')
+    code,out,err = run('annotate', place/'m.pth', place/'m.pth', '--images', tmp_path/'in', '--out', tmp_path/'out', '--views', 'H Flip', 'Rotate 90, Scale 1.25', '--size', 48, 64, '--bs', 2,
+        '--vote', 'geometric', '--valid', place/'d', '--weigh', '--in-turn', '--window', 50, '--confidence', '--soft')
+    assert (code, err)==(0, '') and '6 annotations' in out and 'predicted dice' in out and '1 could not be read: broken.png' in out
+    asked = json.loads((tmp_path/'out/annotations/.journal').read_text().splitlines()[0])['asked']
+    assert asked['views']==['H Flip', 'Rotate 90', 'Scale 1.25'] and (asked['size'], asked['vote'], asked['window'])==([48, 64], 'geometric', 50) and len(set(asked['weights']))==1 and 0<asked['weights'][0]<1
+    assert {k: len(list((tmp_path/'out'/k).glob('u*'))) for k in ('annotations', 'confidence', 'soft')}==dict(annotations=5, confidence=5, soft=5)
+    code,out,err = run('annotate', place/'m.pth', '--images', tmp_path/'in', '--out', tmp_path/'plain', '--views')
+    assert code==0 and json.loads((tmp_path/'plain/annotations/.journal').read_text().splitlines()[0])['asked']['views']==[]
+
 def test_options_reach_the_routine(monkeypatch, run, place, tmp_path):
     got = {}
     monkeypatch.setattr(D, 'data_distillation', lambda *a, **kw: got.update(args=a, kw=kw) or 1/0)
@@ -95,7 +108,7 @@ def test_demo(monkeypatch, run, cheap, tmp_path):
     code,out,err = run('demo', '--out', tmp_path/'demo')
     assert code==0 and err=='' and 'over 3 images' in out and 'teacher' in out and 'target' in out
     assert str(tmp_path/'demo/results/report.html') in out and (tmp_path/'demo/results/report.html').is_file()
-    assert len(list((tmp_path/'demo/data/Images/train').iterdir()))==2 and len(list((tmp_path/'demo/results/annotations').iterdir()))==4
+    assert len(list((tmp_path/'demo/data/Images/train').iterdir()))==2 and len(list((tmp_path/'demo/results/annotations').glob('*.png')))==4
     state = torch.load(tmp_path/'demo/results/target_U-Net_tf_efficientnet_lite0.pth', weights_only=True)
     assert next(iter(state.values())).shape[1]==3
 
@@ -125,9 +138,12 @@ MISTAKES = {
     'model missing': (['predict', 'nowhere.pth', 'd/Images/test', '--out', 'out'], 'nowhere.pth: no such file'), 'json missing': (['predict', 'alone.pth', 'd/Images/test', '--out', 'out'], 'alone.json: no such file'),
     'no model': (['predict', 'bad.pth', 'd/Images/test', '--out', 'out'], 'bad.pth: is not a model'), 'no out': (['predict', 'm.pth', 'd/Images/test'], '--out'),
     'image missing': (['predict', 'm.pth', 'nowhere.png', '--out', 'out'], 'nowhere.png'), 'images missing': (['predict', 'm.pth', 'nowhere', '--out', 'out'], 'nowhere: no such file'),
-    'no images': (['predict', 'm.pth', 'empty', '--out', 'out'], 'no images'), 'not an image': (['predict', 'm.pth', 'bad.json', 'file', '--out', 'out'], 'bad.json: cannot be read'),
+    'no images': (['predict', 'm.pth', 'empty', '--out', 'out'], 'no images'), 'not an image': (['predict', 'm.pth', 'bad.json', '--out', 'out'], 'bad.json: cannot be read'),
     'masks onto images': (['predict', 'm.pth', 'd/Images/test', '--out', 'd/Images/test'], 'images themselves'), 'masks onto a file': (['predict', 'm.pth', 'd/Images/test', '--out', 'file'], 'is a file'),
-    'same stem': (['predict', 'm.pth', 'twice', '--out', 'out'], "stem 'a' stands twice"), 'teachers differ': (['annotate', 'm.pth', 'other.pth', '--images', 'd/unlabeled_images', '--out', 'out'], 'must be the same'),
+    'annotate vote': (['annotate', 'm.pth', '--images', 'd/unlabeled_images', '--out', 'out', '--vote', 'median'], "Unknown vote 'median'"),
+    'weigh without valid': (['annotate', 'm.pth', '--images', 'd/unlabeled_images', '--out', 'out', '--weigh'], '--weigh needs --valid'), 'no validation images': (['annotate', 'm.pth', '--images', 'd/unlabeled_images', '--out', 'out', '--valid', 'empty'], 'empty: has no Images/valid'),
+    'small window': (['predict', 'm.pth', 'd/Images/test', '--out', 'out', '--window', '8'], 'window is 8'), 'annotate size': (['annotate', 'm.pth', '--images', 'd/unlabeled_images', '--out', 'out', '--size', '2', '2'], 'size is (2, 2)'),
+    'annotate into nowhere': (['annotate', 'm.pth', '--images', 'd/unlabeled_images', '--out', '/proc/x'], '/proc/x: cannot be written'), 'teachers differ': (['annotate', 'm.pth', 'other.pth', '--images', 'd/unlabeled_images', '--out', 'out'], 'must be the same'),
     'annotate nothing': (['annotate', 'm.pth', '--images', 'empty', '--out', 'out'], 'no images'), 'annotate view': (['annotate', 'm.pth', '--images', 'd/unlabeled_images', '--out', 'out', '--views', 'Rot'], "Unknown view 'Rot'"),
     'annotate onto a file': (['annotate', 'm.pth', '--images', 'd/unlabeled_images', '--out', 'file'], 'is a file'), 'demo onto a file': (['demo', '--out', 'file'], 'file'), 'demo onto something': (['demo', '--out', 'taken'], 'holds something else')}
 

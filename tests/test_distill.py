@@ -13,7 +13,7 @@ from semisup_seg.learner import load_model, predict
 
 OPTIONS = dict(size=SIZE, bs=4, epochs=1, freeze_epochs=0, lr=1e-3, pretrained=False)
 MODELS = [f'{role}_U-Net_test_resnet.{ext}' for role in ('base', 'target') for ext in ('json', 'pth')]
-OUTPUTS = {*MODELS, 'annotations.csv', 'report.json', 'report.html', 'run.json'}
+OUTPUTS = {*MODELS, 'annotations.csv', 'calibration.csv', 'annotations/.journal', 'report.json', 'report.html', 'run.json'}
 
 def go(path, out, views=('H Flip',), **options): return data_distillation(NET, NET, list(views), path, out, **{**OPTIONS, **options})
 def weights(out, role='target'): return torch.load(out/f'{role}_U-Net_test_resnet.pth', weights_only=True)

@@ -138,7 +138,7 @@ def test_page_escapes_names(page):
 def test_page_shows_everything(page):
     text,rep,evil,_ = page
     p = Page(text)
-    for o in (rep.verdict(), '+0.' if rep.difference('dice')[0]>=0 else '-0.', 'image', 'truth', 'teacher', 'target', 'worst', 'Training', 'Pseudo-labels by confidence', 'least trusted', 'most trusted', '"seed": 3'): assert o in p.text
+    for o in (rep.verdict(), '+0.' if rep.difference('dice')[0]>=0 else '-0.', 'image', 'truth', 'teacher', 'target', 'worst', 'Training', 'Pseudo-labels, the least and the most trusted', 'least trusted', 'most trusted', '"seed": 3'): assert o in p.text
     assert p.tags.count('img')==2*4 + 1 + 1 + 2*4
     for r in table_rows(rep)[1:]: assert all(c in p.text for c in r)
 
