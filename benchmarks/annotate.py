@@ -123,7 +123,7 @@ def steps(o):
                     rows.append(dict(network=name, step=step, ms=statistics.median(seconds(f) for _ in range(7))/8*1000))
     return rows
 
-PROBE = """import resource, sys, tempfile
+PROBE = """import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from annotate import network
@@ -131,7 +131,7 @@ from semisup_seg.annotate import annotate
 files, out, kw = sys.argv[2].split('|'), sys.argv[3], eval(sys.argv[4])
 teachers = [network('FPENet', 128) for _ in range(kw.pop('teachers', 1))]
 annotate(teachers, files, out, **kw)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)"""
+print(next(int(l.split()[1])/1024 for l in open('/proc/self/status') if l.startswith('VmHWM')))"""
 
 def peak(files, **kw):
     "Peak resident memory of a process that annotates `files`, MB, and its seconds"
