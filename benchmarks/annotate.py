@@ -8,12 +8,12 @@ The figures go to `nbs/results/annotate.json`, which the benchmark's notebook re
 import argparse, csv, json, platform, random, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
-import semisup_seg.models  # registers the networks
-from semisup_seg.annotate import annotate, correlation, opinions
+from semisup_seg.annotate import annotate, opinions
 from semisup_seg.core import load_image, parse_codes, split_files
 from semisup_seg.data import resize_image, seg_dls
 from semisup_seg.learner import fit, load_model, save_model, seg_learner, to_mask
 from semisup_seg.models.core import build_model
+from semisup_seg.record import correlation
 from semisup_seg.views import get_views
 from semisup_seg.vote import Ballot, entropy
 
@@ -89,7 +89,8 @@ def speed(o):
         for f in (bare, ours): f()
         times = [[seconds(f) for f in ((bare, ours) if i%2 else (ours, bare))] for i in range(o.rounds)]
         times = [t if i%2 else t[::-1] for i,t in enumerate(times)]
-        rows.append(dict(network=name, size=size, images=len(files), rounds=o.rounds, bare=statistics.median(a for a,_ in times), ours=statistics.median(b for _,b in times),
+        rows.append(dict(network=name, size=size, images=len(files), rounds=o.rounds,
+            bare=statistics.median(a for a,_ in times), ours=statistics.median(b for _,b in times),
             ratio=statistics.median(b/a for a,b in times), ratios=[b/a for a,b in times]))
     return rows
 
@@ -187,7 +188,8 @@ def doubt(o):
         true = [known[r['image']]['dice'] for r in mine]
         rows.append(dict(set=name, images=len(mine), dice=float(np.mean(true)), **{k: correlation([r[k] for r in mine], true) for k in ('agreement', 'confidence', 'entropy')},
             valid=correlation([r['agreement'] for r in ann.checked], [r['dice'] for r in ann.checked]),
-            error=float(np.mean(np.abs(np.subtract([r['predicted_dice'] for r in mine], true)))), error_of_mean=float(np.mean(np.abs(np.mean([r['dice'] for r in ann.checked])-np.array(true)))),
+            error=float(np.mean(np.abs(np.subtract([r['predicted_dice'] for r in mine], true)))),
+            error_of_mean=float(np.mean(np.abs(np.mean([r['dice'] for r in ann.checked])-np.array(true)))),
             points=[[r['agreement'], r['predicted_dice'], t] for r,t in zip(mine, true)]))
         print({k: v for k,v in rows[-1].items() if k!='points'}, flush=True)
     return rows

@@ -11,6 +11,8 @@ from semisup_seg.models.ocnet import *
 from semisup_seg.models.hrnet import *
 from semisup_seg.models.smp import *
 from semisup_seg.learner import *
+from semisup_seg.record import *
+from semisup_seg.vote import *
 from semisup_seg.views import *
 from semisup_seg.annotate import *
 from semisup_seg.report import *

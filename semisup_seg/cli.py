@@ -119,7 +119,8 @@ def annotate(o):
     if o.valid and not valid: raise ValueError(f'{o.valid}: has no Images/valid')
     if o.weigh and not valid: raise ValueError('--weigh needs --valid, a data set whose validation images give the weights')
     weights = validation_dice(o.models, valid, o.bs) if o.weigh else None
-    print(annotate(o.models, _one(o.images), o.out, _views(o), o.size and tuple(o.size), o.bs, o.vote, weights, valid, not o.in_turn, o.window, o.confidence, o.soft))
+    size = o.size and tuple(o.size)
+    print(annotate(o.models, _one(o.images), o.out, _views(o), size, o.bs, o.vote, weights, valid, not o.in_turn, o.window, o.confidence, o.soft))
 
 # %% ../nbs/60_cli.ipynb #9d338011
 @command()

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from .annotate import Annotations, annotate, read_annotations
+from .annotate import annotate
 from .core import DatasetError, atomic, check_dataset, check_numbers, check_rates, split_files, unlabeled_files
 from .data import check_size, seg_dls
 from .learner import fit, save_model, load_model, seg_learner
 from .models.core import build_model, check_request
+from .record import Annotations, read_annotations
 from .report import Report, make_report, save_report
 from .views import get_views
 

@@ -13,7 +13,7 @@ import base64, html, io, json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .annotate import Annotations, trust
+from .record import Annotations, trust
 from .core import DatasetError, Table, atomic, load_image, load_mask, overlay, split_files
 from .learner import _model, dice, jaccard, overlap_counts, predict
 

@@ -9,13 +9,10 @@ __all__ = ['views', 'View', 'register_view', 'h_flip', 'v_flip', 'hv_flip', 'rot
            'blurring', 'gaussian_blur', 'median_blur', 'bilateral_filter', 'gamma', 'equalize_histogram', 'filter_2d',
            'get_views']
 
-# %% ../nbs/30_views.ipynb #60f03fb2
+# %% ../nbs/30_views.ipynb #827d685e
 from dataclasses import dataclass
 
-import cv2, numpy as np
-
-import torch
-import torch.nn.functional as F
+import cv2, numpy as np, torch.nn.functional as F
 
 from .core import pick
 

@@ -7,21 +7,20 @@ Docs: https://semisup-seg.github.io/semisup_seg/vote.html.md"""
 # %% auto #0
 __all__ = ['votes', 'overlaps', 'agreement', 'entropy', 'Ballot', 'vote']
 
-# %% ../nbs/29_vote.ipynb #bba2b3e4
+# %% ../nbs/29_vote.ipynb #44b168c4
 from math import log
 
 from .core import pick
 from .learner import dice
 
-import torch
-import torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/29_vote.ipynb #51af21a5
-votes = {
-    'mean': (lambda p: p, lambda s: s),
-    'majority': (lambda p: F.one_hot(p.max(1).indices, p.shape[1]).movedim(-1, 1).to(p.dtype), lambda s: s),
-    'geometric': (lambda p: p.clamp_min(1e-6).log(), lambda s: s.softmax(1))}
+# %% ../nbs/29_vote.ipynb #55a96105
+def _heads(p): return F.one_hot(p.max(1).indices, p.shape[1]).movedim(-1, 1).to(p.dtype)
+def _same(p): return p
+
+votes = dict(mean=(_same, _same), majority=(_heads, _same), geometric=(lambda p: p.clamp_min(1e-6).log(), lambda s: s.softmax(1)))
 
 # %% ../nbs/29_vote.ipynb #7a4501c8
 def overlaps(

@@ -1,15 +1,16 @@
 "The vote by hand, masks that match their images, and nothing half-done that looks whole"
-import csv, gc, json, os, resource, weakref
+import csv, gc, os, resource, weakref
 
 import numpy as np, pytest, torch
 from conftest import disc, make_model, photo, python, save, tree
 from PIL import Image
 
-import semisup_seg.annotate as N
-from semisup_seg.annotate import COLUMNS, Annotations, annotate, correlation, opinions, predict_dice, read_annotations, show_annotations, show_calibration, validation_dice, write_masks
+import semisup_seg.annotate as N, semisup_seg.record as R
+from semisup_seg.annotate import annotate, opinions, validation_dice, write_masks
 from semisup_seg.core import DatasetError, load_image, load_mask, parse_codes, split_files, unlabeled_files
 from semisup_seg.data import resize_image
 from semisup_seg.learner import predict, save_model, to_mask
+from semisup_seg.record import COLUMNS, Annotations, correlation, predict_dice, read_annotations, show_annotations, show_calibration
 from semisup_seg.views import get_views, views
 from semisup_seg.vote import vote
 
@@ -142,7 +143,8 @@ def test_teachers_with_different_classes(tiny, files, tmp_path, codes, n):
 
 @pytest.mark.parametrize('bad,message', [
     (dict(teachers=[]), 'teachers: none'), (dict(files=[]), 'files: no images'), (dict(views=['Rotate']), 'Unknown view'), (dict(size=(4, 4)), 'size is'),
-    (dict(views=['Gamma', 'gamma']), 'more than once'), (dict(bs=0), 'bs is 0'), (dict(bs=-1), 'bs is -1'), (dict(bs=2.5), 'bs is 2.5'), (dict(vote='mode'), 'Unknown vote'), (dict(weights=[1, 1]), 'weights'), (dict(weights=[-1]), 'weights'), (dict(weights=[0]), 'weights'),
+    (dict(views=['Gamma', 'gamma']), 'more than once'), (dict(bs=0), 'bs is 0'), (dict(bs=-1), 'bs is -1'), (dict(bs=2.5), 'bs is 2.5'), (dict(vote='mode'), 'Unknown vote'),
+    (dict(weights=[1, 1]), 'weights'), (dict(weights=[-1]), 'weights'), (dict(weights=[0]), 'weights'),
     (dict(window=3), 'window is 3'), (dict(teachers=['nowhere.pth']), 'nowhere.pth: no such file')])
 def test_bad_arguments_leave_an_earlier_result_alone(tiny, files, tmp_path, bad, message):
     annotate(tiny, files, tmp_path)
@@ -399,13 +401,13 @@ def test_read_only_folder(tiny, files, tmp_path):
 def test_few_images_are_in_memory(monkeypatch, tmp_path):
     for i in range(60): save(tmp_path/f'in/{i}.png', np.full((20, 30), 3*i, np.uint8))
     alive,most = weakref.WeakSet(), []
-    class Counted(N.Heard):
+    class Counted(N._Heard):
         __hash__ = object.__hash__
         def __init__(self, *args):
             super().__init__(*args)
             alive.add(self)
             most.append(len(alive))
-    monkeypatch.setattr(N, 'Heard', Counted)
+    monkeypatch.setattr(N, '_Heard', Counted)
     annotate(Bright(), tmp_path/'in', tmp_path/'out', ['H Flip'], bs=2)
     assert len(most)==60 and max(most)<=20
 
@@ -468,7 +470,8 @@ def test_predicted_dice_is_the_line_through_the_validation_images(tiny, trained_
 def row(agreement, dice=None, confidence=0.8): return dict(agreement=agreement, confidence=confidence, dice=dice)
 
 @pytest.mark.parametrize('checked,want', [([], [None, None]), ([row(0.5, None)], [None, None]), ([row(0.5, 0.6)], [0.6, 0.6]), ([row(0.5, 0.6), row(0.9, 0.8)], [0.7, 0.7]),
-    ([row(0.5, 0.6)]*3, [0.6, 0.6]), ([row(0.5, 0.5), row(0.7, 0.7), row(0.9, 0.9)], [0.6, 1.0]), ([row(0.5, 0.9), row(0.9, 0.9), row(0.7, None), row(0.6, 0.9)], [0.9, 0.9])])
+    ([row(0.5, 0.6)]*3, [0.6, 0.6]), ([row(0.5, 0.5), row(0.7, 0.7), row(0.9, 0.9)], [0.6, 1.0]),
+    ([row(0.5, 0.9), row(0.9, 0.9), row(0.7, None), row(0.6, 0.9)], [0.9, 0.9])])
 def test_predictions_from_little(checked, want): assert predict_dice([row(0.6), row(1.2)], checked)==pytest.approx(want)
 
 def test_a_single_voter_is_judged_by_its_confidence():
@@ -476,7 +479,8 @@ def test_a_single_voter_is_judged_by_its_confidence():
     assert predict_dice([row(1, None, 0.9)], checked)==pytest.approx([0.8])
 
 def test_correlation():
-    assert correlation([1, 2, 3], [2, 4, 9])==pytest.approx(1) and correlation([1, 2, 3], [3, 2, 1])==pytest.approx(-1) and np.isnan(correlation([1, 1], [1, 2]))
+    assert correlation([1, 2, 3], [2, 4, 9])==pytest.approx(1) and correlation([1, 2, 3], [3, 2, 1])==pytest.approx(-1)
+    assert np.isnan(correlation([1, 1], [1, 2]))
 
 def test_weights_from_the_validation_images(tiny, trained_discs, tmp_path):
     pairs = split_files(trained_discs, 'valid')
@@ -487,7 +491,7 @@ def test_weights_from_the_validation_images(tiny, trained_discs, tmp_path):
 
 def test_pictures(monkeypatch, tiny, trained_discs, files, tmp_path):
     seen = []
-    monkeypatch.setattr(N, 'show_rows', lambda rows, **kw: seen.append([len(r) for r in rows]))
+    monkeypatch.setattr(R, 'show_rows', lambda rows, **kw: seen.append([len(r) for r in rows]))
     ann = annotate(tiny, files, tmp_path, ['H Flip'], valid=split_files(trained_discs, 'valid'))
     show_annotations(ann, tiny.codes, 2)
     show_annotations(ann, tiny.codes, 9)

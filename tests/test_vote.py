@@ -10,9 +10,9 @@ def random_opinions(n=3, shape=(2, 3, 6, 7), seed=0):
     g = torch.Generator().manual_seed(seed)
     return [(4*torch.rand(shape, generator=g)).softmax(1) for _ in range(n)]
 
-BY_HAND = {'mean': lambda ps, ws: sum(w*p for w,p in zip(ws, ps))/sum(ws),
-    'majority': lambda ps, ws: sum(w*(p==p.max(1, keepdim=True).values) for w,p in zip(ws, ps))/sum(ws),
-    'geometric': lambda ps, ws: (lambda g: g/g.sum(1, keepdim=True))(torch.stack([p**(w/sum(ws)) for w,p in zip(ws, ps)]).prod(0))}
+BY_HAND = dict(mean=lambda ps, ws: sum(w*p for w,p in zip(ws, ps))/sum(ws),
+    majority=lambda ps, ws: sum(w*(p==p.max(1, keepdim=True).values) for w,p in zip(ws, ps))/sum(ws),
+    geometric=lambda ps, ws: (lambda g: g/g.sum(1, keepdim=True))(torch.stack([p**(w/sum(ws)) for w,p in zip(ws, ps)]).prod(0)))
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('weights', [[1, 1, 1], [0.2, 0.9, 0.7], [0, 2, 0]])
@@ -48,8 +48,7 @@ def test_agreement_by_hand():
         assert got[i].item()==pytest.approx(np.mean(each))
     assert got[2]==1
 
-def test_one_voter_agrees_with_itself():
-    assert vote(random_opinions(1))[1].tolist()==[1, 1]
+def test_one_voter_agrees_with_itself(): assert vote(random_opinions(1))[1].tolist()==[1, 1]
 
 def test_entropy_by_hand():
     p = random_opinions(1)[0]
