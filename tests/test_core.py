@@ -3,6 +3,7 @@ import numpy as np, pytest
 from conftest import make_discs, save, tree
 from PIL import Image
 
+import semisup_seg.core as C
 from semisup_seg.core import IGNORE, Codes, DatasetError, atomic, check_dataset, image_files, load_image, load_mask, overlay, parse_codes, pick
 from semisup_seg.core import read_codes, split_files, unlabeled_files
 
@@ -281,3 +282,10 @@ def test_overlay_leaves_ignored_pixels_clear():
 def test_codes_table_is_not_shared_state():
     a,b = Codes(('x', 'y'), ((0,), (1,))), Codes(('x', 'y'), ((1,), (0,)))
     assert a!=b and a.encode(np.array(0))==0 and b.encode(np.array(0))==1
+
+def test_bar_shows_the_rate(monkeypatch, capsys):
+    monkeypatch.setattr(C, 'on_screen', lambda: True)
+    assert list(bar(iter('abc'), 3, 'images'))==['a', 'b', 'c']
+    assert 'images a second' in capsys.readouterr().out
+    monkeypatch.setattr(C, 'on_screen', lambda: False)
+    assert list(bar(iter('abc'), 3, 'images'))==['a', 'b', 'c'] and capsys.readouterr().out==''
