@@ -4,7 +4,7 @@ from conftest import make_discs, save, tree
 from PIL import Image
 
 import semisup_seg.core as C
-from semisup_seg.core import IGNORE, Codes, DatasetError, atomic, check_dataset, image_files, load_image, load_mask, overlay, parse_codes, pick
+from semisup_seg.core import IGNORE, Codes, DatasetError, atomic, bar, check_dataset, image_files, load_image, load_mask, overlay, parse_codes, pick
 from semisup_seg.core import read_codes, split_files, unlabeled_files
 
 rng = np.random.default_rng(0)
