@@ -122,7 +122,7 @@ def _check_weights(weights, n):
     if len(weights)!=n or not all(0<=w<float('inf') for w in weights) or not sum(weights): raise ValueError(f'weights: {weights} for {n} teachers; expected one number of at least 0 for each, not all 0')
     return weights
 
-# %% ../nbs/31_annotate.ipynb #72a2f59c
+# %% ../nbs/31_annotate.ipynb #4dbae88d
 _PARTS = dict(annotations='.png', confidence='.png', soft='.npy')
 
 def _read_journal(out):
@@ -131,9 +131,9 @@ def _read_journal(out):
     except (OSError, ValueError): return dict(asked=None, names=[]), []
     return json.loads(head), [json.loads(o) for o in lines]
 
-def _stamp(f):
-    s = Path(f).stat()
-    return [s.st_size, s.st_mtime_ns]
+def _stamp(*files):
+    "What changes when one of `files` does"
+    return [n for f in files if f and Path(f).is_file() for s in [Path(f).stat()] for n in (s.st_size, s.st_mtime_ns)]
 
 class _Journal:
     "The images of a call that are done, in memory and on disk"
@@ -167,7 +167,7 @@ class _Journal:
     def _still_true(self, r):
         f = Path(r['image'])
         if not r.get('label') and r['mask']!=(f'annotations/{self.names[f]}' if f in self.names and not r['error'] else ''): return False
-        return f.is_file() and r['stamp']==_stamp(f) and (not r['mask'] or (self.out/r['mask']).is_file())
+        return f.is_file() and r['stamp']==_stamp(f, r.get('label')) and (not r['mask'] or (self.out/r['mask']).is_file())
 
     def add(self, row):
         self.rows[row['image'], row.get('label')] = row
@@ -258,10 +258,12 @@ def _tell(ballot, owners):
     probs,counts = [o.cpu() for o in ballot.result()]
     for h,p,n,e in zip(owners, probs, counts.unbind(2), entropy(probs)): h.probs,h.counts,h.doubt = [*h.probs, p], [*h.counts, n], [*h.doubt, e.item()]
 
-# %% ../nbs/31_annotate.ipynb #49f223ef
+# %% ../nbs/31_annotate.ipynb #bd715f8a
 def _score(mask, label, codes):
     "Mean Dice over the classes but the first of `mask` against the file `label`; None where neither holds any"
-    d = dice(overlap_counts(torch.from_numpy(mask), torch.from_numpy(load_mask(label, codes)), len(codes)))[1:].nanmean().item()
+    true = load_mask(label, codes)
+    if true.shape!=mask.shape: raise DatasetError(f'{label}: has {true.shape[1]}×{true.shape[0]} pixels, its image {mask.shape[1]}×{mask.shape[0]}')
+    d = dice(overlap_counts(torch.from_numpy(mask), torch.from_numpy(true), len(codes)))[1:].nanmean().item()
     return None if d!=d else round(d, 5)
 
 @dataclass
@@ -276,7 +278,7 @@ class _Writer:
 
     def __call__(self, h):
         row = dict(image=str(h.file), label=h.label and str(h.label), mask='', confidence=None, entropy=None, agreement=None, used=False, error=h.error,
-            stamp=_stamp(h.file) if h.file.is_file() else None)
+            stamp=_stamp(h.file, h.label))
         if h.error: return dict(row, dice=None)
         mask,conf = h.mask(self.window)
         agree = agreement(torch.stack(h.counts).sum(0).unsqueeze(2))
@@ -311,7 +313,7 @@ def _pile(jobs, bs, done):
     batches = [(i, jobs[i:i+bs]) for i in range(0, len(jobs), bs)]
     return [(i, b) for i,b in batches if not all(map(done, b))]
 
-# %% ../nbs/31_annotate.ipynb #6f5de047
+# %% ../nbs/31_annotate.ipynb #6701dfa7
 def annotate(
     teachers,           # A model, a `Learner` or the file of one; or a list of them
     files,              # Image files, or a folder of them
@@ -330,6 +332,7 @@ def annotate(
     "Let `teachers` vote on each of `files` under each of `views`, and write the masks"
     check_numbers(bs=(bs, 1), window=(32 if window is None else window, 32))
     out,views,files,valid = Path(out), get_views(views), _check_files(files), [(Path(i), Path(l)) for i,l in valid]
+    if valid: _check_files([*dict.fromkeys(f for pair in valid for f in pair)])
     teachers,facts,size = _check_teachers(teachers, size, views)
     weights,codes = _check_weights(weights, len(teachers)), facts[0]['codes']
     Ballot(vote)

@@ -467,6 +467,17 @@ def test_predicted_dice_is_the_line_through_the_validation_images(tiny, trained_
     assert [r['predicted_dice'] for r in ann.rows]==pytest.approx([np.clip(a*r['agreement']+b, 0, 1) for r in ann.rows], abs=1e-4)
     assert {f.name for f in (tmp_path/'annotations').glob('*.png')}=={f'{f.stem}.png' for f in files}
 
+def test_validation_images_are_looked_at_too(tiny, trained_discs, files, tmp_path):
+    (image,label),*rest = split_files(trained_discs, 'valid')
+    with pytest.raises(DatasetError, match='gone.png: no such file'): annotate(tiny, files, tmp_path/'out', valid=[(image, tmp_path/'gone.png')])
+    assert not (tmp_path/'out').exists()
+    mine = save(tmp_path/'small.png', np.zeros((9, 8), np.uint8))
+    with pytest.raises(DatasetError, match='small.png: has 8×9 pixels, its image'): annotate(tiny, files, tmp_path/'out', valid=[(image, mine)])
+    save(mine, np.array(Image.open(label)))
+    before = annotate(tiny, files, tmp_path/'out', valid=[(image, mine)]).checked[0]['dice']
+    save(mine, 255-np.array(Image.open(label)))
+    assert annotate(tiny, files, tmp_path/'out', valid=[(image, mine)]).checked[0]['dice']!=before
+
 def row(agreement, dice=None, confidence=0.8): return dict(agreement=agreement, confidence=confidence, dice=dice)
 
 @pytest.mark.parametrize('checked,want', [([], [None, None]), ([row(0.5, None)], [None, None]), ([row(0.5, 0.6)], [0.6, 0.6]), ([row(0.5, 0.6), row(0.9, 0.8)], [0.7, 0.7]),
