@@ -1,4 +1,4 @@
-"""Everything from a terminal: `semisup-seg demo`, `check`, `train`, `distill`, `predict`, `annotate`, `networks`.
+"""Everything from a terminal: `semisup-seg demo`, `check`, `train`, `distill`, `predict`, `annotate`, `compare`, `networks`.
 
 Docs: https://semisup-seg.github.io/semisup_seg/cli.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://semisup-seg.github.io/semisup_seg/cli.html.md"""
 
 # %% auto #0
 __all__ = ['commands', 'TRAINING', 'NETWORK', 'VIEWS', 'BATCH', 'VOTING', 'arg', 'command', 'demo', 'check', 'train', 'distill',
-           'predict', 'annotate', 'networks', 'parser', 'main']
+           'predict', 'annotate', 'compare', 'networks', 'parser', 'main']
 
 # %% ../nbs/60_cli.ipynb #35858675
 import argparse, sys
@@ -86,19 +86,22 @@ def check(o):
     from semisup_seg.core import check_dataset
     print(check_dataset(o.data))
 
-# %% ../nbs/60_cli.ipynb #b9fd9590
+# %% ../nbs/60_cli.ipynb #eb013434
 @command(arg('data', help='the data set folder'), arg('out', help='where the results go'), arg('--network', **NETWORK), *TRAINING)
 def train(o):
     "train a network on the labelled images alone"
     from semisup_seg.distill import simple_training
     _finish(simple_training(_pair(o.network), o.data, o.out, **_options(o)))
 
-@command(arg('data', help='the data set folder'), arg('out', help='where the results go'), arg('--base', **NETWORK, help='the teacher'),
-    arg('--target', **NETWORK, help='who learns from it'), arg('--views', **VIEWS, help='views that the teacher votes on'), *TRAINING)
+@command(arg('data', help='the data set folder'), arg('out', help='where the results go'),
+    arg('--base', action='append', **dict(NETWORK, default=None), help='a teacher, U-Net over tf_efficientnet_lite0 if none is given; once for each of several'),
+    arg('--target', **NETWORK, help='who learns from them'), arg('--views', **VIEWS, help='views that they vote on; none for model distillation'),
+    arg('--recipe', default='default', help='how the target learns: default or naive (default)'), *TRAINING)
 def distill(o):
-    "train a teacher, let it label the unlabelled images, train a target on all"
-    from semisup_seg.distill import data_distillation
-    _finish(data_distillation(_pair(o.base), _pair(o.target), _views(o), o.data, o.out, **_options(o)))
+    "train teachers, let them label the unlabelled images, train a target on all"
+    from semisup_seg.distill import data_distillation, distill
+    bases,rest = [_pair(b) for b in o.base or [NETWORK['default']]], (_pair(o.target), _views(o), o.data, o.out)
+    _finish(distill(bases, *rest, recipe=o.recipe, **_options(o)) if len(bases)>1 else data_distillation(*bases, *rest, recipe=o.recipe, **_options(o)))
 
 # %% ../nbs/60_cli.ipynb #288ed5ea
 @command(arg('model', help='a .pth file of a run, its .json beside it'), arg('images', nargs='+', help='image files, or one folder'),
@@ -122,7 +125,13 @@ def annotate(o):
     size = o.size and tuple(o.size)
     print(annotate(o.models, _one(o.images), o.out, _views(o), size, o.bs, o.vote, weights, valid, not o.in_turn, o.window, o.confidence, o.soft))
 
-# %% ../nbs/60_cli.ipynb #9d338011
+# %% ../nbs/60_cli.ipynb #57bc953c
+@command(arg('outs', nargs='+', metavar='OUT', help='folders of finished runs, two or more; the others are measured against the first'))
+def compare(o):
+    "put finished runs side by side, on the same images"
+    from semisup_seg.compare import compare_runs
+    print(compare_runs(*o.outs))
+
 @command()
 def networks(o):
     "list the networks: idea, encoder, cost, speed"

@@ -7,6 +7,7 @@ from PIL import Image
 
 import semisup_seg.distill as D
 from semisup_seg.cli import commands, main
+from semisup_seg.compare import compare_runs
 from semisup_seg.core import load_image
 from semisup_seg.learner import save_model
 
@@ -66,7 +67,7 @@ def test_train(run, place, tmp_path):
 def test_distill_predict_annotate(run, place, tmp_path):
     before = tree(place/'d')
     code,out,_ = run('distill', place/'d', tmp_path/'out', '--base', *NET, '--target', *NET, '--views', 'H Flip, gamma', 'V Flip', *TINY)
-    assert code==0 and 'Difference in mean Dice' in out and json.loads((tmp_path/'out/run.json').read_text())['args']['views']==['H Flip', 'Gamma', 'V Flip']
+    assert code==0 and 'Gain over teacher in mean Dice' in out and json.loads((tmp_path/'out/run.json').read_text())['args']['views']==['H Flip', 'Gamma', 'V Flip']
     target,base = (tmp_path/f'out/{o}_U-Net_test_resnet.pth' for o in ('target', 'base'))
     images = sorted((place/'d/Images/test').iterdir())
     for i,args in enumerate(([place/'d/Images/test'], images, images[:1])):
@@ -77,6 +78,11 @@ def test_distill_predict_annotate(run, place, tmp_path):
         code,out,_ = run('annotate', base, target, '--images', *args, '--out', tmp_path/f'ann{i}', '--views', 'V Flip')
         assert code==0 and f'{5 if not i else 1} annotations' in out and (tmp_path/f'ann{i}/annotations.csv').is_file()
     assert tree(place/'d')==before
+
+def test_compare(run, place, cheap, tmp_path):
+    for o,seed in (('one', 1), ('two', 2)): run('train', place/'d', tmp_path/o, '--network', *NET, *TINY, '--seed', seed)
+    code,out,err = run('compare', tmp_path/'one', tmp_path/'two')
+    assert (code, err)==(0, '') and out==f'{compare_runs(tmp_path/"one", tmp_path/"two")}\n' and 'gain over one' in out and 'two' in out
 
 def test_annotate_has_it_all(run, place, tmp_path):
     (tmp_path/'in').mkdir()
@@ -96,11 +102,20 @@ def test_options_reach_the_routine(monkeypatch, run, place, tmp_path):
     monkeypatch.setattr(D, 'data_distillation', lambda *a, **kw: got.update(args=a, kw=kw) or 1/0)
     with pytest.raises(ZeroDivisionError): main(['distill', 'data', 'out'])
     assert got['args']==(('U-Net', 'tf_efficientnet_lite0'),)*2 + (['H Flip', 'Gamma'], 'data', 'out')
-    assert got['kw']==dict(bs=8, epochs=20, freeze_epochs=2, lr=None, seed=42, size=(256, 256), pretrained=True, resume=True)
+    assert got['kw']==dict(bs=8, epochs=20, freeze_epochs=2, lr=None, seed=42, size=(256, 256), pretrained=True, resume=True, recipe='default')
     with pytest.raises(ZeroDivisionError):
-        main('distill a b --base PAN x --target unet --size 64 96 --bs 3 --epochs 4 --freeze-epochs 1 --lr 0.1 --seed 5 --weights w.pth --fresh'.split())
+        main('distill a b --base PAN x --target unet --size 64 96 --bs 3 --epochs 4 --freeze-epochs 1 --lr 0.1 --seed 5 --weights w.pth --fresh --recipe naive'.split())
     assert got['args'][:2]==(('PAN', 'x'), ('unet', None))
-    assert got['kw']==dict(bs=3, epochs=4, freeze_epochs=1, lr=0.1, seed=5, size=(64, 96), pretrained='w.pth', resume=False)
+    assert got['kw']==dict(bs=3, epochs=4, freeze_epochs=1, lr=0.1, seed=5, size=(64, 96), pretrained='w.pth', resume=False, recipe='naive')
+    monkeypatch.setattr(D, 'distill', lambda *a, **kw: got.update(args=a, kw=kw) or 1/0)
+    with pytest.raises(ZeroDivisionError): main('distill a b --base PAN x --base CGNet --views'.split())
+    assert got['args']==([('PAN', 'x'), ('CGNet', None)], ('U-Net', 'tf_efficientnet_lite0'), [], 'a', 'b')
+
+def test_distill_with_several_teachers(run, place, tmp_path):
+    code,out,_ = run('distill', place/'d', tmp_path/'out', '--base', *NET, '--base', 'CGNet', '--target', *NET, '--views', '--recipe', 'naive', *TINY)
+    assert code==0 and 'teacher 2' in out and 'vote' in out and {'base_U-Net_test_resnet.pth', 'base_CGNet.pth'}<=tree(tmp_path/'out').keys()
+    code,_,err = run('distill', place/'d', tmp_path/'other', '--base', *NET, '--views', *TINY)
+    assert code==2 and 'views: none given' in err
 
 def test_demo(monkeypatch, run, cheap, tmp_path):
     few = dict(train=[40, 90], valid=[104, 105], test=[60, 64, 70], unlabeled=[10, 20, 30, 120])
@@ -145,7 +160,8 @@ MISTAKES = {
     'small window': (['predict', 'm.pth', 'd/Images/test', '--out', 'out', '--window', '8'], 'window is 8'), 'annotate size': (['annotate', 'm.pth', '--images', 'd/unlabeled_images', '--out', 'out', '--size', '2', '2'], 'size is (2, 2)'),
     'annotate into nowhere': (['annotate', 'm.pth', '--images', 'd/unlabeled_images', '--out', '/proc/x'], '/proc/x: cannot be written'), 'teachers differ': (['annotate', 'm.pth', 'other.pth', '--images', 'd/unlabeled_images', '--out', 'out'], 'must be the same'),
     'annotate nothing': (['annotate', 'm.pth', '--images', 'empty', '--out', 'out'], 'no images'), 'annotate view': (['annotate', 'm.pth', '--images', 'd/unlabeled_images', '--out', 'out', '--views', 'Rot'], "Unknown view 'Rot'"),
-    'annotate onto a file': (['annotate', 'm.pth', '--images', 'd/unlabeled_images', '--out', 'file'], 'is a file'), 'demo onto a file': (['demo', '--out', 'file'], 'file'), 'demo onto something': (['demo', '--out', 'taken'], 'holds something else')}
+    'annotate onto a file': (['annotate', 'm.pth', '--images', 'd/unlabeled_images', '--out', 'file'], 'is a file'), 'compare nothing': (['compare'], 'OUT'), 'compare one': (['compare', 'full'], 'at least two runs'), 'compare no runs': (['compare', 'full', 'empty'], 'full/report.json: no such file'),
+    'compare with itself': (['compare', 'full', 'full'], 'two runs, each once'), 'demo onto a file': (['demo', '--out', 'file'], 'file'), 'demo onto something': (['demo', '--out', 'taken'], 'holds something else')}
 
 @pytest.mark.parametrize('argv,message', MISTAKES.values(), ids=MISTAKES)
 def test_mistake_gets_one_clear_line(monkeypatch, run, cheap, place, argv, message):
@@ -174,9 +190,9 @@ def test_help_needs_no_torch():
     for argv in (['--help'], ['distill', '--help']):
         res = python(probe, *argv)
         assert res.stdout.splitlines()[-1]=='0 []' and res.stderr==''
-    assert all(c in python(probe, '--help').stdout for c in ('demo', 'check', 'train', 'distill', 'predict', 'annotate', 'networks'))
+    assert all(c in python(probe, '--help').stdout for c in ('demo', 'check', 'train', 'distill', 'predict', 'annotate', 'compare', 'networks'))
 
-@pytest.mark.parametrize('name', ['demo', 'check', 'train', 'distill', 'predict', 'annotate', 'networks'])
+@pytest.mark.parametrize('name', ['demo', 'check', 'train', 'distill', 'predict', 'annotate', 'compare', 'networks'])
 def test_each_command_explains_itself(run, name):
     code,out,_ = run(name, '--help')
     assert code==0 and f'semisup-seg {name}' in out and commands[name][0].__doc__.split()[0] in out

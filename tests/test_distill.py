@@ -1,6 +1,7 @@
 "Runs: their outputs, their seed, going on after an interruption, and what they refuse before they begin"
-import csv, json, os, random
+import csv, gc, json, os, random, signal, subprocess, sys, time, weakref
 from inspect import signature
+from pathlib import Path
 
 import numpy as np, pytest, timm, torch
 from conftest import NET, SIZE, make_discs, save, tree
@@ -8,12 +9,15 @@ from PIL import Image
 
 import semisup_seg.annotate as N, semisup_seg.distill as D
 from semisup_seg.core import DatasetError, check_dataset, load_image, load_mask
-from semisup_seg.distill import data_distillation, distill, simple_training
+from semisup_seg.distill import data_distillation, distill, model_data_distillation, model_distillation, simple_training
 from semisup_seg.learner import load_model, predict
+from semisup_seg.recipe import Again, Hard, Mix, Trusted
 
 OPTIONS = dict(size=SIZE, bs=4, epochs=1, freeze_epochs=0, lr=1e-3, pretrained=False)
 MODELS = [f'{role}_U-Net_test_resnet.{ext}' for role in ('base', 'target') for ext in ('json', 'pth')]
-OUTPUTS = {*MODELS, 'annotations.csv', 'calibration.csv', 'annotations/.journal', 'report.json', 'report.html', 'run.json'}
+VOTE = {'vote/annotations.csv', 'vote/annotations/.journal', 'vote/annotations/test0.png', 'vote/annotations/test1.png'}
+OUTPUTS = {*MODELS, *VOTE, 'annotations.csv', 'calibration.csv', 'annotations/.journal', 'report.json', 'report.html', 'run.json'}
+BASE,TARGET = 'base_U-Net_test_resnet', 'target_U-Net_test_resnet'
 
 def go(path, out, views=('H Flip',), **options): return data_distillation(NET, NET, list(views), path, out, **{**OPTIONS, **options})
 def weights(out, role='target'): return torch.load(out/f'{role}_U-Net_test_resnet.pth', weights_only=True)
@@ -69,14 +73,16 @@ def test_report_is_on_the_test_set(done):
     path,_,out,res = done
     rep = scores(out)
     assert rep['split']=='test' and rep['images']==2 and [o['image'] for o in rep['per_image']['target']]==['test0.png', 'test1.png']
-    assert {'target', 'baseline', 'difference', 'verdict', 'per_image'}<=rep.keys() and len(rep['difference']['dice'])==3
+    assert {'scores', 'against', 'difference', 'verdict', 'per_image'}<=rep.keys() and len(rep['difference']['dice'])==3 and rep['against']=='teacher'
+    assert list(rep['per_image'])==['teacher', 'vote', 'target']
     assert 'test set' in (out/'report.html').read_text() and 'There is no test set' not in (out/'report.html').read_text()
 
 def test_run_says_how_it_was_made(done):
     run = json.loads((done[2]/'run.json').read_text())
     assert run['args']['bases']==[list(NET)] and run['args']['views']==['H Flip'] and run['args']['seed']==42 and run['args']['size']==[32, 32]
     assert run['versions']['torch']==torch.__version__.split('+')[0] or run['versions']['torch']==torch.__version__
-    assert set(run['stages'])=={'start', 'base', 'annotations', 'target'} and len(run['data'])>=16
+    assert set(run['stages'])=={'start', BASE, 'annotations', TARGET, 'vote/annotations'} and len(run['data'])>=16
+    assert run['args']['recipe'].startswith('Mix(share=0.5), ') and run['stages'][BASE]['steps']==run['stages'][TARGET]['steps']==2
 
 def test_data_is_untouched_and_not_copied(done):
     path,before,out,_ = done
@@ -125,7 +131,7 @@ def test_interrupted_annotation_goes_on(monkeypatch, done, tmp_path, counted):
         return real(*a)
     monkeypatch.setattr(N, 'to_mask', third_stops)
     with pytest.raises(KeyboardInterrupt): go(done[0], tmp_path/'out')
-    assert counted==[9] and not (tmp_path/'out/annotations.csv').exists()
+    assert counted==[8] and not (tmp_path/'out/annotations.csv').exists()
     res = go(done[0], tmp_path/'out')
     assert len(counted)==2 and len(res.annotations)==5 and tree(tmp_path/'out').keys()==tree(done[2]).keys()
 
@@ -136,7 +142,8 @@ def test_finished_run_is_not_trained_again(done, counted):
     assert not counted and again.report.target==res.report.target and {k: v for k,v in tree(out).items() if k in MODELS}==before
 
 @pytest.mark.parametrize('changed', [
-    dict(epochs=2), dict(seed=1), dict(bs=2), dict(size=(48, 32)), dict(views=['V Flip']), dict(lr=2e-3), dict(freeze_epochs=1)])
+    dict(epochs=2), dict(seed=1), dict(bs=2), dict(size=(48, 32)), dict(views=['V Flip']), dict(lr=2e-3), dict(freeze_epochs=1),
+    dict(recipe='naive'), dict(recipe=[Mix(0.4)])])
 def test_changed_arguments_are_refused(done, counted, changed):
     path,_,out,_ = done
     before = tree(out)
@@ -235,15 +242,18 @@ def test_weights_from_a_file_are_recorded_and_used(monkeypatch, trained_discs, t
     for s in seen: assert all(torch.equal(v, want[k.removeprefix('model.')]) for k,v in s.items())
     assert len(seen)==2 and json.loads((tmp_path/'out/run.json').read_text())['args']['pretrained']==file
 
-def test_both_trainings_take_the_same_steps_on_different_images(monkeypatch, trained_discs, tmp_path):
+@pytest.mark.parametrize('recipe', ['naive', 'default', [Mix(0.75), Trusted()]])
+def test_both_trainings_take_the_same_steps_on_different_images(monkeypatch, trained_discs, tmp_path, recipe):
     seen = []
-    def fit(learn, **kw):
-        seen.append((len(learn.dls.train), {f.name for f in learn.dls.train_ds.items}))
+    def fit(learn, cbs=(), **kw):
+        more = {f.name for p in cbs if isinstance(p, Mix) for f,_ in p.loader.items}
+        seen.append((len(learn.dls.train), {f.name for f in learn.dls.train_ds.items} | more))
         learn.history = [dict(stage='all', train_loss=1., valid_loss=1., dice=0.5, jaccard=0.4)]
     monkeypatch.setattr(D, 'fit', fit)
-    go(trained_discs, tmp_path/'out')
-    train = {f'train{i}.png' for i in range(4)}
-    assert seen==[(2, train), (2, train | {f'u{i}.png' for i in range(5)})]
+    res = go(trained_discs, tmp_path/'out', recipe=recipe)
+    train,labelled = {f'train{i}.png' for i in range(4)}, {f'u{i}.png' for i in range(5)}
+    if isinstance(recipe, list): labelled = {Path(r['image']).name for r in res.annotations.ranked()[-4:]}
+    assert [o[1] for o in seen]==[train, train | labelled] and seen[0][0]==seen[1][0]==(4 if isinstance(recipe, list) else 2)
 
 def test_another_target(trained_discs, tmp_path):
     res = data_distillation(NET, ('MANet', 'test_resnet'), ['Gamma', 'V Flip'], trained_discs, tmp_path/'out', **OPTIONS)
@@ -254,18 +264,159 @@ def test_simple_training_without_test_set(tmp_path, counted):
     before = tree(path)
     res = simple_training(NET, path, tmp_path/'out', **OPTIONS)
     assert tree(tmp_path/'out').keys()=={'target_U-Net_test_resnet.pth', 'target_U-Net_test_resnet.json', 'report.json', 'report.html', 'run.json'}
-    assert counted==[4] and tree(path)==before and res.annotations is None and res.report.baseline is None
+    assert counted==[4] and tree(path)==before and res.annotations is None and list(res.report.scores)==['target']
     page,rep = (tmp_path/'out/report.html').read_text(), scores(tmp_path/'out')
     for text in (page, rep['verdict'], str(res)): assert 'There is no test set: the validation set chose the model' in text
-    assert rep['split']=='valid' and rep['images']==2 and 'baseline' not in rep
+    assert rep['split']=='valid' and rep['images']==2 and rep['difference'] is None
 
 def test_simple_training_on_the_test_set(trained_discs, tmp_path):
     res = simple_training(NET, trained_discs, tmp_path/'out', **OPTIONS)
     assert res.report.split=='test' and 'There is no test set' not in (tmp_path/'out/report.html').read_text() and not (tmp_path/'out/annotations.csv').exists()
 
-@pytest.mark.parametrize('routine', [data_distillation, simple_training])
+# --- several teachers
+
+@pytest.fixture(scope='module')
+def several(tmp_path_factory):
+    "Three teachers, two of them the same network, two views"
+    root = tmp_path_factory.mktemp('several')
+    res = model_data_distillation([NET, ('CGNet', None), NET], ('CGNet', None), ['H Flip', 'Gamma'], make_discs(root/'discs'), root/'out', **OPTIONS)
+    return root/'discs', root/'out', res
+
+def test_each_teacher_has_its_file(several):
+    path,out,res = several
+    assert {f.name for f in out.glob('*.pth')}=={'base_U-Net_test_resnet.pth', 'base_U-Net_test_resnet_2.pth', 'base_CGNet.pth', 'target_CGNet.pth'}
+    first,second = (torch.load(out/f'{BASE}{k}.pth', weights_only=True) for k in ('', '_2'))
+    assert first.keys()==second.keys() and not same(first, second)
+
+def test_all_teachers_vote_on_all_views(several, tmp_path):
+    path,out,res = several
+    ann = N.annotate([out/f'{f}.pth' for f in (BASE, 'base_CGNet', BASE+'_2')], D.unlabeled_files(path), tmp_path/'mine', ['H Flip', 'Gamma'], SIZE, 4)
+    for f in (tmp_path/'mine/annotations').glob('*.png'): assert f.read_bytes()==(out/'annotations'/f.name).read_bytes()
+    assert [r['agreement'] for r in ann.rows]==pytest.approx([r['agreement'] for r in res.annotations.rows], abs=1e-4)
+
+def test_report_of_several(several):
+    path,out,res = several
+    rep = scores(out)
+    assert list(rep['per_image'])==['teacher 1', 'teacher 2', 'teacher 3', 'vote', 'target'] and rep['against']=='teacher 2'  # the target's own network
+    models = [load_model(out/f'{f}.pth') for f in (BASE, 'base_CGNet', BASE+'_2')]
+    for name,m in zip(rep['per_image'], models):
+        assert [o['dice'] for o in rep['per_image'][name]]==pytest.approx([o['dice'] for o in D.score_images(m, D.split_files(path, 'test'))], abs=1e-4)
+    steps = {k: o['steps'] for k,o in json.loads((out/'report.json').read_text())['settings']['training'].items() if 'steps' in o}
+    assert len(steps)==4 and len(set(steps.values()))==1
+
+def test_model_distillation_looks_at_the_image_alone(monkeypatch, trained_discs, tmp_path):
+    calls,real = [], D.annotate
+    def annotate(voters, files, out, views=(), *a, **kw):
+        calls.append((len(voters), list(views), kw['together']))
+        return real(voters, files, out, views, *a, **kw)
+    monkeypatch.setattr(D, 'annotate', annotate)
+    model_distillation([NET, NET], NET, trained_discs, tmp_path/'out', **OPTIONS)
+    assert calls==[(2, [], False)]*2
+
+def test_without_a_twin_the_best_teacher_is_to_beat(monkeypatch, trained_discs, tmp_path):
+    dices = iter([0.3, 0.6, 0.5])
+    def fit(learn, **kw): learn.history = [dict(stage='all', train_loss=1., valid_loss=1., dice=next(dices), jaccard=0.4)]
+    monkeypatch.setattr(D, 'fit', fit)
+    assert model_distillation([NET, ('CGNet', None)], ('FPENet', None), trained_discs, tmp_path/'out', **OPTIONS).report.against=='teacher 2'
+
+def test_one_network_in_memory_at_a_time(monkeypatch, trained_discs, tmp_path):
+    alive,most,real = weakref.WeakSet(), [], D.fit
+    build = D.seg_learner
+    def seg_learner(*a, **kw):
+        learn = build(*a, **kw)
+        most.append(len(alive))
+        alive.add(learn.model)
+        return learn
+    monkeypatch.setattr(D, 'seg_learner', seg_learner)
+    gc.disable()  # what is let go by luck does not count
+    try: model_distillation([NET, NET, NET], NET, trained_discs, tmp_path/'out', **OPTIONS)
+    finally: gc.enable()
+    assert most==[0]*5  # three teachers, the target, the target read back
+
+# --- recipes in a run
+
+def test_naive_takes_masks_as_labels(trained_discs, tmp_path, counted):
+    go(trained_discs, tmp_path/'out', recipe='naive')
+    assert counted==[8, 9] and json.loads((tmp_path/'out/run.json').read_text())['args']['recipe']=='naive'
+
+def test_probabilities_are_gone_at_the_end(done): assert not list(done[2].rglob('*.npy'))
+
+def test_second_round(trained_discs, tmp_path, counted):
+    out = tmp_path/'out'
+    res = go(trained_discs, out, recipe=[Mix(), Hard(), Again()])
+    first = out/'round1'
+    assert len(counted)==3 and (first/f'{TARGET}.pth').is_file() and len(list((first/'annotations').glob('*.png')))==5
+    ann = N.annotate(first/f'{TARGET}.pth', D.unlabeled_files(trained_discs), tmp_path/'mine', ['H Flip'], SIZE, 4)
+    for f in (tmp_path/'mine/annotations').glob('*.png'): assert f.read_bytes()==(out/'annotations'/f.name).read_bytes()
+    assert ann.rows[0]['confidence']==res.annotations.rows[0]['confidence'] and not list(out.rglob('*.npy'))
+    assert list(res.report.scores)==['teacher', 'vote', 'target'] and len(set(json.loads((out/'run.json').read_text())['stages']) & {f'round1/{TARGET}', 'round1/annotations'})==2
+
+@pytest.mark.parametrize('recipe,message', [('nave', "Did you mean 'naive'"), ([Hard()], 'needs Mix'), ([Mix(), Mix()], 'twice'), (7, 'recipe is 7')])
+def test_bad_recipe_in_a_run(trained_discs, tmp_path, counted, recipe, message):
+    with pytest.raises(ValueError, match=message): go(trained_discs, tmp_path/'out', recipe=recipe)
+    assert not counted and not (tmp_path/'out').exists()
+
+@pytest.mark.parametrize('bases', [[], [NET], NET, None, [('U-Net',), NET], [NET, ('Nix', None)]])
+@pytest.mark.parametrize('views', [None, ['H Flip']])
+def test_bad_teachers(trained_discs, tmp_path, counted, bases, views):
+    with pytest.raises(ValueError, match='expected|at least two|Unknown network'):
+        if views: model_data_distillation(bases, NET, views, trained_discs, tmp_path/'out', **OPTIONS)
+        else: model_distillation(bases, NET, trained_discs, tmp_path/'out', **OPTIONS)
+    assert not counted and not (tmp_path/'out').exists()
+
+def test_several_teachers_need_views_for_both(trained_discs, tmp_path, counted):
+    with pytest.raises(ValueError, match='views: none given'): model_data_distillation([NET, NET], NET, [], trained_discs, tmp_path/'out', **OPTIONS)
+    assert not counted and not (tmp_path/'out').exists()
+
+# --- killed
+
+PROGRAM = """import sys, time
+import semisup_seg.annotate as N
+from semisup_seg.distill import model_data_distillation
+real = N.load_image
+def slow(f):
+    time.sleep(0.05)
+    return real(f)
+N.load_image = slow
+net = 'U-Net', 'test_resnet'
+model_data_distillation([net, net], net, ['H Flip'], sys.argv[1], sys.argv[2], size=(32, 32), bs=4, epochs=4, freeze_epochs=0, lr=1e-3, pretrained=False)
+print('finished')"""
+
+def start(path, out):
+    env = {**os.environ, 'PYTHONPATH': str(Path(D.__file__).parent.parent), 'OMP_NUM_THREADS': '1'}
+    return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', PROGRAM, path, out], stdout=subprocess.PIPE, text=True, env=env)
+
+def stages(out): return json.loads((out/'run.json').read_text())['stages'] if (out/'run.json').exists() else {}
+def epochs_in(file): return torch.load(file, weights_only=True)['done'] if file.exists() else 0
+
+def test_killed_at_every_stage(tmp_path):
+    path = make_discs(tmp_path/'discs', unlabeled=12)
+    whole,out = tmp_path/'whole', tmp_path/'out'
+    assert 'finished' in start(path, whole).communicate(timeout=120)[0]
+    moments = dict(teacher=lambda: epochs_in(out/f'{BASE}_2.checkpoint')>=2, annotation=lambda: (out/'annotations/.journal').exists() and len((out/'annotations/.journal').read_text().splitlines())>3,
+        student=lambda: epochs_in(out/f'{TARGET}.checkpoint')>=2)
+    for name,reached in moments.items():
+        p,before = start(path, out), time.time()
+        while not reached():
+            assert p.poll() is None and time.time()-before<120, f'{name}: the run ended before it could be killed'
+            time.sleep(0.005)
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+        assert not (out/'report.json').exists()
+    said = start(path, out).communicate(timeout=120)[0]
+    assert 'finished' in said and 'already trained' in said and 'going on after' in said
+    for f in (BASE, BASE+'_2', TARGET): assert same(*(torch.load(o/f'{f}.pth', weights_only=True) for o in (whole, out)))
+    a,b = tree(whole), tree(out)
+    assert a.keys()==b.keys() and {k for k in a if a[k]!=b[k]}<={'run.json', 'report.json', 'report.html', 'annotations/.journal', 'vote/annotations/.journal', *(f'{f}.pth' for f in (BASE, BASE+'_2', TARGET))}
+    assert scores(whole)==scores(out)
+    def history(o): return {k: v['history'] for k,v in stages(o).items() if 'history' in v}
+    assert history(whole)==history(out) and all(len(h)==4 for h in history(out).values())
+
+# --- the names
+
+@pytest.mark.parametrize('routine', [data_distillation, model_distillation, model_data_distillation, simple_training])
 def test_routines_list_every_option(routine):
     ours = signature(routine).parameters
-    options = {k: p for k,p in signature(distill).parameters.items() if p.default is not p.empty}
+    options = {k: p for k,p in signature(distill).parameters.items() if p.default is not p.empty and (k!='recipe' or routine is not simple_training)}
     assert len(options)>=8 and {k: ours[k].default for k in options}=={k: p.default for k,p in options.items()}
     assert not [p for p in ours.values() if p.kind is p.VAR_KEYWORD]
