@@ -3,9 +3,9 @@
     pip install -e '.[bench,offline]'
     python benchmarks/annotate.py --data FOLDER
 
-`FOLDER` holds `kvasir_seg_256`, `busi_320` and `covid_ct_256`, each with `images/`, `masks/`, `codes.txt` and `groups.csv`.
+`FOLDER` holds `kvasir_seg_256`, `busi_320` and `covid_ct_256`, each with `images/`, `masks/`, `codes.txt` and `groups.csv`; `splits.csv` says which image tests.
 The figures go to `nbs/results/annotate.json`, which the benchmark's notebook reads."""
-import argparse, csv, json, platform, random, shutil, statistics, subprocess, sys, tempfile, time
+import argparse, json, platform, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 from semisup_seg.annotate import annotate, opinions
@@ -20,32 +20,9 @@ from semisup_seg.vote import Ballot, entropy
 import numpy as np, torch
 from fastai.torch_core import set_seed
 from PIL import Image
+from splits import SETS, lay_out
 
 PARTS,FLIPS = {}, ['H Flip', 'V Flip', 'H+V Flip']
-SETS = 'kvasir_seg_256', 'busi_320', 'covid_ct_256'
-
-def copy(source, dest, split, name):
-    "Copy one image, and its mask if it goes into a `split`"
-    for src,dst in ((source/'images'/name, f'Images/{split}'), (source/'masks'/f'{Path(name).stem}.png', f'Labels/{split}')) if split else ((source/'images'/name, 'unlabeled_images'),):
-        (dest/dst).mkdir(parents=True, exist_ok=True)
-        shutil.copy(src, dest/dst)
-
-def lay_out(source, dest, n_train=60, n_valid=20, seed=0):
-    "Copy a set into the project's layout, whole groups together: a fifth tests, then training, validation, the rest unlabelled"
-    if dest.exists(): return dest
-    groups = {}
-    for r in csv.DictReader((source/'groups.csv').open(encoding='utf-8')): groups.setdefault(r['group'], []).append(r['image'])
-    order,new,total = sorted(groups), dest.with_name(f'{dest.name}.new'), sum(map(len, groups.values()))
-    random.Random(seed).shuffle(order)
-    for split,n in dict(test=total//5, train=n_train, valid=n_valid).items():
-        names = []
-        while len(names)<n: names += groups[order.pop()]
-        for i in range(n): copy(source, new, split, names[i*len(names)//n])
-    for g in order:
-        for name in groups[g]: copy(source, new, None, name)
-    shutil.copy(source/'codes.txt', new)
-    return new.rename(dest)
-
 def teacher(path, file, steps=300):
     "A U-Net over EfficientNet-Lite0, trained at 128 pixels, or the one that an earlier run left in `file`"
     if file.exists(): return load_model(file)
@@ -179,7 +156,7 @@ def doubt(o):
     "Does doubt tell of errors? A teacher of 60 images on test images, calibrated on 20 others"
     rows = []
     for name in SETS:
-        path = lay_out(o.data/name, o.work/name)
+        path = lay_out(o.data/name, o.work/f'{name}-60')
         m,test,valid = teacher(path, o.work/f'{name}.pth'), split_files(path, 'test'), split_files(path, 'valid')
         with tempfile.TemporaryDirectory() as d: ann = annotate(m, [f for f,_ in valid], d, [*FLIPS, 'Gamma'], valid=test)
         known = {r['image']: r for r in ann.checked if r['dice'] is not None}

@@ -63,22 +63,38 @@ def three_sets(tmp_path_factory):
     "Tiny sets in the layout of the benchmark's data, two images a group"
     root,rng = tmp_path_factory.mktemp('sets'), np.random.default_rng(0)
     for s in ('kvasir_seg_256', 'busi_320', 'covid_ct_256'):
-        for i in range(40):
+        for i in range(200):
             d = disc(32, 32, rng)
             save(root/s/f'images/{i:03}.jpg', photo(d, rng))
             save(root/s/f'masks/{i:03}.png', np.uint8(d)*255)
         (root/s/'codes.txt').write_text('rest,0\ndisc,255\n')
-        (root/s/'groups.csv').write_text('image,group\n' + ''.join(f'{i:03}.jpg,{i//2}\n' for i in range(40)))
+        (root/s/'groups.csv').write_text('image,group\n' + ''.join(f'{i:03}.jpg,{i//2}\n' for i in range(200)))
     return root
 
-def test_groups_stay_together(monkeypatch, three_sets, tmp_path):
+@pytest.fixture
+def splits(monkeypatch):
     monkeypatch.syspath_prepend(ROOT/'benchmarks')
-    import annotate as B
-    path = B.lay_out(three_sets/'busi_320', tmp_path/'set', 10, 5)
-    stems = {s: {f.stem for f in (path/d).iterdir()} for s,d in (('test', 'Images/test'), ('train', 'Images/train'), ('valid', 'Images/valid'), ('rest', 'unlabeled_images'))}
-    assert [len(stems[s]) for s in ('test', 'train', 'valid')]==[8, 10, 5] and len(stems['rest'])==16
-    groups = [{int(n)//2 for n in v} for v in stems.values()]
+    import splits
+    return splits
+
+def test_groups_stay_together(splits, three_sets, tmp_path):
+    where = splits.splits(three_sets/'busi_320', tmp_path/'t.csv')
+    names = {s: {int(k[:3]) for k,v in where.items() if v==s} for s in ('test', 'train', 'valid', 'more', 'unlabeled')}
+    assert [len(names[s]) for s in ('test', 'train', 'valid', 'more', 'unlabeled')]==[40, 60, 20, 60, 20]
+    groups = [{n//2 for n in names[s]} for s in ('test', 'train', 'valid')] + [{n//2 for s in ('more', 'unlabeled') for n in names[s]}]
     assert all(not a&b for i,a in enumerate(groups) for b in groups[i+1:])
+    assert splits.splits(three_sets/'busi_320', tmp_path/'t.csv')==where and len(read(tmp_path/'t.csv'))==200
+
+@pytest.mark.parametrize('labels,train,rest', [(60, 60, 80), (120, 120, 20), (None, 140, 0)])
+def test_layout_of_a_split(splits, three_sets, tmp_path, labels, train, rest):
+    path = splits.lay_out(three_sets/'busi_320', tmp_path/'set', labels, tmp_path/'t.csv')
+    assert [len(list((path/d).glob('*'))) for d in ('Images/train', 'Labels/train', 'Images/test', 'Labels/valid', 'unlabeled_images')]==[train, train, 40, 20, rest]
+
+def test_committed_splits_are_those_of_the_annotation(splits):
+    rows = read(splits.TABLE)
+    for r in FOUND['doubt']: assert sum(o['set']==r['set'] and o['split']=='test' for o in rows)>=r['images']
+    assert {r['set'] for r in rows}==set(splits.SETS)
+    for s in splits.SETS: assert [sum((r['set'], r['split'])==(s, k) for r in rows) for k in ('train', 'more', 'valid')]==[60, 60, 20]
 
 def test_annotation_is_measured_and_other_figures_stay(three_sets, tmp_path):
     f = tmp_path/'a.json'
@@ -91,3 +107,19 @@ def test_annotation_is_measured_and_other_figures_stay(three_sets, tmp_path):
 def test_data_that_are_not_there(tmp_path):
     res = subprocess.run([sys.executable, ROOT/'benchmarks/annotate.py', '--data', tmp_path], capture_output=True, text=True, timeout=100)
     assert res.returncode and 'has no kvasir_seg_256, busi_320, covid_ct_256' in res.stderr and 'Traceback' not in res.stderr
+
+# --- distillation
+
+def test_distillation_is_measured_and_goes_on(three_sets, tmp_path):
+    def go(*arms):
+        return subprocess.run([sys.executable, ROOT/'benchmarks/distill.py', '--data', three_sets, '--work', tmp_path, '--out', tmp_path/'d.csv', '--splits', tmp_path/'t.csv', '--sets', 'busi_320',
+            '--network', 'CGNet', '--size', '32', '--bs', '40', '--steps', '3', '--seeds', '0', '--arms', *arms], capture_output=True, text=True, timeout=200)
+    first = go('supervised', 'naive')
+    assert first.returncode==0, first.stderr
+    second = go('supervised', 'naive', 'data', 'mix', 'mix, again')
+    assert second.returncode==0, second.stderr
+    rows = read(tmp_path/'d.csv')
+    assert [r['arm'] for r in rows]==['supervised', 'naive', 'data', 'mix', 'mix, again'] and second.stdout.count('busi_320 60 CGNet')==3
+    assert {r['steps'] for r in rows}=={'3'}
+    for r in rows: assert len(r['each'].split())==40 and float(r['test'])==pytest.approx(np.nanmean([float(d) for d in r['each'].split()]), abs=1e-3)
+    assert [bool(r['pseudo']) for r in rows]==[False, True, True, True, True]

@@ -1,0 +1,132 @@
+"""What the unlabelled images bring: supervised training, the routines and the ceiling, all with the same number of steps.
+
+    pip install -e '.[bench,offline]'
+    python benchmarks/distill.py --data FOLDER
+
+`FOLDER` holds `kvasir_seg_256`, `busi_320` and `covid_ct_256`, each with `images/`, `masks/`, `codes.txt` and `groups.csv`.
+Each training adds a row to `nbs/results/distill.csv`; a row that is there is not trained again, so the same call goes on after an interruption."""
+import argparse, csv, tempfile, time
+from pathlib import Path
+
+from semisup_seg.annotate import annotate
+from semisup_seg.core import atomic, load_mask, read_codes, split_files, unlabeled_files
+from semisup_seg.data import seg_dls
+from semisup_seg.learner import fit, save_model, seg_learner
+from semisup_seg.recipe import EMA, Again, Confident, CutMix, Hard, Mix, Strong, Trusted, get_recipe, pseudo_loader
+from semisup_seg.report import _scores as score_mask, score_images
+
+import numpy as np
+from fastai.torch_core import set_seed
+from fastai.callback.core import Callback
+from splits import SETS, TABLE, lay_out, splits
+
+NETWORKS = {'U-Net': ('U-Net', 'tf_efficientnet_lite0'), 'CGNet': ('CGNet', None)}
+VIEWS = ['H Flip', 'V Flip', 'H+V Flip']
+COLUMNS = 'set', 'labels', 'network', 'arm', 'seed', 'size', 'bs', 'steps', 'seconds', 'valid', 'dev', 'test', 'pseudo', 'each'
+
+MAIN = dict(supervised=None, ceiling=None, naive=('data', 'naive'), data=('data', 'default'), model=('model', 'default'), both=('both', 'default'))
+ABLATION = {  # chkstyle: ignore-node
+    'mix': [Mix(), Hard()],
+    'mix, soft': [Mix()],
+    'mix, confident': [Mix(), Confident(), Hard()],
+    'mix, strong': [Mix(), Hard(), Strong()],
+    'mix, CutMix': [Mix(), Hard(), CutMix()],
+    'mix, EMA': [Mix(), Hard(), EMA()],
+    'mix, trusted': [Trusted(), Mix(), Hard()],
+    'mix, again': [Mix(), Hard(), Again()],
+    'mix, soft, CutMix, EMA': [Mix(), CutMix(), EMA()],
+    'all but again': [Trusted(), Mix(), Confident(), Strong(), CutMix(), EMA()]}
+
+class Bench:
+    "All trainings on one set with one number of labels and one network"
+    def __init__(self, o, name, labels, network):
+        self.o,self.name,self.labels,self.network,self.size = o,name,labels,network,(o.size, o.size)
+        self.path,self.whole = (lay_out(o.data/name, o.work/f'{name}-{n}', n, o.splits) for n in (labels, None))
+        self.every = len(split_files(self.whole, 'train'))//o.bs  # steps an epoch in every arm: one look at all images
+        self.epochs = round(o.steps/self.every)
+        self.out = o.work/f'{name}-{labels}-{network}-{o.size}-{o.bs}-{self.epochs*self.every}'
+
+    def others(self, arm):
+        "Labelled images that no training of this setting knew as such, on which recipes are compared; none for the ceiling and for 120 labels"
+        if arm=='ceiling' or self.labels!=60: return []
+        names = [Path(k) for k,v in splits(self.o.data/self.name, self.o.splits).items() if v=='more']
+        return [(self.o.data/self.name/'images'/n, self.o.data/self.name/f'masks/{n.stem}.png') for n in names]
+
+    def model(self, arm, seed): return self.out/f'{arm}-{seed}.pth'
+
+    def label(self, kind, files):
+        "Pseudo-labels by the models `files`"
+        return annotate(files, unlabeled_files(self.path), self.out/kind, [] if kind=='model' else VIEWS, self.size, soft=True, valid=split_files(self.path, 'valid'))
+
+    def pseudo(self, arm, seed, pieces):
+        "The pseudo-labels of an arm: of one teacher, of all, or of the student of an earlier arm"
+        kind = MAIN[arm][0] if arm in MAIN else 'data'
+        if any(isinstance(p, Again) for p in pieces): ann = self.label(f'{arm}-{seed}', [self.model(arm.partition(', again')[0], seed)])
+        elif kind=='data': ann = self.label(f'data-{seed}', [self.model('supervised', seed)])
+        else: ann = self.label(kind, [self.model('supervised', s) for s in self.o.seeds])
+        for p in pieces: ann = p.choose(ann) if isinstance(p, Trusted) else ann
+        return ann
+
+    def truth(self, ann):
+        "Mean true Dice of pseudo-labels; their truth is known here, and used for nothing else"
+        pairs = [(mask, self.o.data/self.name/f'masks/{image.stem}.png') for image,mask in ann.pairs.items()]
+        codes = read_codes(self.path)
+        return np.nanmean([score_mask(load_mask(m, codes), load_mask(t, codes), codes.names)['dice'] for m,t in pairs])
+
+    def train(self, arm, seed):
+        "Train one arm; its row"
+        o = self.o
+        pieces = get_recipe(ABLATION[arm] if arm in ABLATION else MAIN[arm][1] if MAIN[arm] else [])
+        ann = self.pseudo(arm, seed, pieces) if arm in ABLATION or MAIN[arm] else None
+        mix = next((p for p in pieces if isinstance(p, Mix)), None)
+        set_seed(seed + (1000 if ann else 0), reproducible=True)
+        n,k = mix.split(o.bs) if mix else (o.bs, 0)
+        dls = seg_dls(self.whole if arm=='ceiling' else self.path, self.size, n, pseudo=ann.pairs if ann and not mix else None, epoch_len=self.every*n)
+        if mix: mix.loader = pseudo_loader(ann, self.size, k)
+        learn = seg_learner(dls, *NETWORKS[self.network], pretrained=self.network=='U-Net')
+        learn.add_cbs(p for p in pieces if isinstance(p, Callback))
+        start = time.time()
+        fit(learn, self.epochs, 0, o.lr)
+        save_model(learn, self.model(arm, seed))
+        judges = split_files(self.path, 'valid'), self.others(arm), split_files(self.path, 'test')
+        valid,dev,test = ([r['dice'] for r in score_images(learn, pairs, o.bs)] for pairs in judges)
+        return dict(set=self.name, labels=self.labels, network=self.network, arm=arm, seed=seed, size=o.size, bs=o.bs,
+            steps=self.epochs*len(dls.train), seconds=round(time.time()-start), valid=f'{np.nanmean(valid):.4f}',
+            dev=f'{np.nanmean(dev):.4f}' if dev else '', test=f'{np.nanmean(test):.4f}', pseudo=f'{self.truth(ann):.4f}' if ann else '', each=' '.join(f'{s:.3f}' for s in test))
+
+def main():
+    "Train what has no row yet"
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--data', type=Path, required=True, help='folder of the three sets')
+    p.add_argument('--work', type=Path, default=Path(tempfile.gettempdir())/'semisup_seg_bench', help='where splits, models and pseudo-labels are kept')
+    p.add_argument('--out', type=Path, default=Path(__file__).parent.parent/'nbs/results/distill.csv')
+    p.add_argument('--splits', type=Path, default=TABLE, help='which image tests, trains, validates; a set that it does not know is added')
+    p.add_argument('--sets', nargs='+', default=SETS, choices=SETS)
+    p.add_argument('--labels', type=int, default=60, choices=(60, 120))
+    p.add_argument('--network', default='U-Net', choices=NETWORKS)
+    p.add_argument('--arms', nargs='+', default=list(MAIN), choices=[*MAIN, *ABLATION])
+    p.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='of the teachers, which vote together, and of the students')
+    p.add_argument('--size', type=int, default=96)
+    p.add_argument('--bs', type=int, default=8)
+    p.add_argument('--steps', type=int, default=300, help='about; whole epochs')
+    p.add_argument('--lr', type=float, default=2e-3)
+    o = p.parse_args()
+    if gone := [s for s in o.sets if not (o.data/s/'images').is_dir()]: raise SystemExit(f'{o.data}: has no {", ".join(gone)}')
+    o.work.mkdir(parents=True, exist_ok=True)
+    for name in o.sets:
+        bench = Bench(o, name, o.labels, o.network)
+        for arm in o.arms:
+            for seed in o.seeds:
+                rows = list(csv.DictReader(o.out.open(encoding='utf-8'))) if o.out.exists() else []
+                key = [name, str(o.labels), o.network, arm, str(seed)]
+                if any([r[k] for k in COLUMNS[:5]]==key for r in rows) and (arm!='supervised' or bench.model(arm, seed).exists()): continue
+                print(*key, flush=True)
+                row = bench.train(arm, seed)
+                print({k: v for k,v in row.items() if k!='each'}, flush=True)
+                rows = [r for r in rows if [r[k] for k in COLUMNS[:5]]!=key] + [row]
+                with atomic(o.out) as f, f.open('w', newline='', encoding='utf-8') as fh:
+                    w = csv.DictWriter(fh, COLUMNS, lineterminator='\n')
+                    w.writeheader()
+                    w.writerows(rows)
+
+if __name__=='__main__': main()
