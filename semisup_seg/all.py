@@ -15,5 +15,8 @@ from semisup_seg.record import *
 from semisup_seg.vote import *
 from semisup_seg.views import *
 from semisup_seg.annotate import *
+from semisup_seg.recipe import *
 from semisup_seg.report import *
 from semisup_seg.distill import *
+from semisup_seg.compare import *
+from semisup_seg.compat import *
