@@ -34,6 +34,8 @@ ABLATION = {  # chkstyle: ignore-node
     'mix, EMA': [Mix(), Hard(), EMA()],
     'mix, trusted': [Trusted(), Mix(), Hard()],
     'mix, again': [Mix(), Hard(), Again()],
+    'mix, CutMix, EMA': [Mix(), Hard(), CutMix(), EMA()],
+    'mix, strong, CutMix, EMA': [Mix(), Hard(), Strong(), CutMix(), EMA()],
     'mix, soft, CutMix, EMA': [Mix(), CutMix(), EMA()],
     'all but again': [Trusted(), Mix(), Confident(), Strong(), CutMix(), EMA()]}
 
@@ -94,6 +96,10 @@ class Bench:
             steps=self.epochs*len(dls.train), seconds=round(time.time()-start), valid=f'{np.nanmean(valid):.4f}',
             dev=f'{np.nanmean(dev):.4f}' if dev else '', test=f'{np.nanmean(test):.4f}', pseudo=f'{self.truth(ann):.4f}' if ann else '', each=' '.join(f'{s:.3f}' for s in test))
 
+def read_rows(file): return list(csv.DictReader(file.open(encoding='utf-8'))) if file.exists() else []
+
+def same(key): return lambda row: [row[k] for k in COLUMNS[:5]]==key
+
 def main():
     "Train what has no row yet"
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,16 +123,14 @@ def main():
         bench = Bench(o, name, o.labels, o.network)
         for arm in o.arms:
             for seed in o.seeds:
-                rows = list(csv.DictReader(o.out.open(encoding='utf-8'))) if o.out.exists() else []
                 key = [name, str(o.labels), o.network, arm, str(seed)]
-                if any([r[k] for k in COLUMNS[:5]]==key for r in rows) and (arm!='supervised' or bench.model(arm, seed).exists()): continue
+                if any(map(same(key), read_rows(o.out))) and (arm!='supervised' or bench.model(arm, seed).exists()): continue
                 print(*key, flush=True)
                 row = bench.train(arm, seed)
                 print({k: v for k,v in row.items() if k!='each'}, flush=True)
-                rows = [r for r in rows if [r[k] for k in COLUMNS[:5]]!=key] + [row]
                 with atomic(o.out) as f, f.open('w', newline='', encoding='utf-8') as fh:
                     w = csv.DictWriter(fh, COLUMNS, lineterminator='\n')
                     w.writeheader()
-                    w.writerows(rows)
+                    w.writerows([*(r for r in read_rows(o.out) if not same(key)(r)), row])  # read again: other processes write too
 
 if __name__=='__main__': main()
