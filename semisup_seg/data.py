@@ -49,11 +49,15 @@ class ClassMask(TensorMask):
 class SegMask(PILMask): _tensor_cls = ClassMask
 
 class ReadFiles(Transform):
-    "Read an image file; with `codes`, a label file"
-    def __init__(self, codes=None): self.codes = codes
+    "Read an image file at `size`; with `codes`, a label file. The first gigabyte of pictures stays in memory"
+    def __init__(self, size, codes=None): self.size,self.codes,self.kept,self.room = size,codes,{},2**30//(size[0]*size[1]*(1 if codes else 3))
+    def _read(self, o):
+        if self.codes is None: return PILImage.create(resize_image(load_image(o), self.size))
+        return SegMask(Image.fromarray(load_mask(o, self.codes)).resize(self.size[::-1], Image.Resampling.NEAREST))
     def encodes(self, o:Path):
-        if self.codes is None: return PILImage.create(load_image(o))
-        return SegMask(Image.fromarray(load_mask(o, self.codes)))
+        res = self.kept.get(o) or self._read(o)
+        if len(self.kept)<self.room: self.kept[o] = res
+        return res
 
 # %% ../nbs/01_data.ipynb #d953a132
 def standard_augment():
@@ -99,10 +103,9 @@ def seg_dls(
     check_numbers(bs=(bs, 1))
     labels,lists = _items(path, pseudo, epoch_len, bs)
     ends = np.cumsum([0, *map(len, lists)])
-    tfms = [Resize(size, method=ResizeMethod.Squish)] + ([Augment(augment())] if augment else [])
-    image = TransformBlock(ReadFiles(), batch_tfms=IntToFloatTensor)
-    mask = TransformBlock([ReadFiles(codes), AddMaskCodes(codes.names)], batch_tfms=IntToFloatTensor)
-    block = DataBlock((image, mask), get_items=lambda _: sum(lists, []), get_y=lambda o: labels[o], item_tfms=tfms,
+    image = TransformBlock(ReadFiles(size), batch_tfms=IntToFloatTensor)
+    mask = TransformBlock([ReadFiles(size, codes), AddMaskCodes(codes.names)], batch_tfms=IntToFloatTensor)
+    block = DataBlock((image, mask), get_items=lambda _: sum(lists, []), get_y=lambda o: labels[o], item_tfms=Augment(augment()) if augment else None,
         splitter=lambda _: [range(a, b) for a,b in zip(ends, ends[1:])])
     dls = block.dataloaders(path, bs=bs, num_workers=num_workers if num_workers is not None else None if torch.cuda.is_available() else 0)
     dls.codes,dls.size = codes,size

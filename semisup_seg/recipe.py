@@ -13,8 +13,8 @@ import random
 from copy import copy
 from itertools import chain, repeat
 
-from .core import IGNORE, check_shares, load_image, pick
-from .data import resize_image, standard_augment
+from .core import IGNORE, check_shares, pick
+from .data import ReadFiles, standard_augment
 from .learner import one_hot
 from .record import Annotations
 
@@ -47,9 +47,9 @@ class Again:
 # %% ../nbs/33_recipe.ipynb #3dfbd513
 class ReadPseudo(ItemTransform):
     "From `(image file, file of probabilities)` to tensors at `size`, changed by `augment`"
-    def __init__(self, size, augment): self.size,self.augment = size,augment
+    def __init__(self, size, augment): self.size,self.augment,self.read = size,augment,ReadFiles(size)
     def encodes(self, pair):
-        image,soft = resize_image(load_image(pair[0]), self.size), np.ascontiguousarray(np.load(pair[1]).transpose(1, 2, 0))
+        image,soft = np.array(self.read(pair[0])), np.ascontiguousarray(np.load(pair[1]).transpose(1, 2, 0))
         if soft.shape[:2]!=self.size: soft = cv2.resize(soft, self.size[::-1], interpolation=cv2.INTER_AREA)
         self.augment.set_random_seed(random.getrandbits(32))
         o = self.augment(image=image, mask=soft)
