@@ -87,6 +87,7 @@ class Handler(BaseHTTPRequestHandler):
         how = s.moods.pop(0) if s.moods else ''
         s.log.append((name, self.headers.get('Range'), how))
         if not (s.root/name).is_file() or how in ('404', '503'): return self.send_error(int(how or 404))
+        if how=='nonsense': return self.wfile.write(b'no HTTP\r\n\r\n')
         data = (s.root/name).read_bytes()
         start = int(m[1]) if (m := re.match(r'bytes=(\d+)-$', self.headers.get('Range', ''))) and how!='no range' else 0
         if start and start>=len(data): return self.send_error(416)
@@ -177,7 +178,7 @@ def test_hanging_server(official, tmp_path, monkeypatch):
     assert time.time()-start<2.5 and len(official.log)==2
 
 @pytest.mark.parametrize('moods,error', [
-    (['404'], '404'), (['503']*9, '503'), (['more', 'more']*9, r'it broke off at \d+ of \d+ bytes'), (['less'], 'cannot be read as a zip')])
+    (['404'], '404'), (['503']*9, '503'), (['nonsense']*9, 'no HTTP'), (['more', 'more']*9, r'it broke off at \d+ of \d+ bytes'), (['less'], 'cannot be read as a zip')])
 def test_failed_download_says_what_to_do(official, tmp_path, moods, error):
     official.moods = moods
     with pytest.raises(DatasetError, match=error) as e: kvasir_seg(tmp_path/'d', **SMALL)
