@@ -49,15 +49,16 @@ class ClassMask(TensorMask):
 class SegMask(PILMask): _tensor_cls = ClassMask
 
 class ReadFiles(Transform):
-    "Read an image file at `size`; with `codes`, a label file. The first gigabyte of pictures stays in memory"
-    def __init__(self, size, codes=None): self.size,self.codes,self.kept,self.room = size,codes,{},2**30//(size[0]*size[1]*(1 if codes else 3))
+    "Read an image file at `size`; with `codes`, a label file. Half a gigabyte of pictures stays in memory"
+    def __init__(self, size, codes=None): self.size,self.codes,self.kept,self.room = size,codes,{},2**29//(size[0]*size[1]*(1 if codes else 4))
+    def encodes(self, o:Path):
+        if o in self.kept: return self.kept[o]
+        res = self._read(o)
+        if len(self.kept)<self.room: self.kept[o] = res
+        return res
     def _read(self, o):
         if self.codes is None: return PILImage.create(resize_image(load_image(o), self.size))
         return SegMask(Image.fromarray(load_mask(o, self.codes)).resize(self.size[::-1], Image.Resampling.NEAREST))
-    def encodes(self, o:Path):
-        res = self.kept.get(o) or self._read(o)
-        if len(self.kept)<self.room: self.kept[o] = res
-        return res
 
 # %% ../nbs/01_data.ipynb #d953a132
 def standard_augment():

@@ -7,7 +7,7 @@ from fastai.torch_core import set_seed
 from PIL import Image
 
 from semisup_seg.core import IGNORE, DatasetError, load_image, read_codes, split_files, unlabeled_files
-from semisup_seg.data import Augment, check_size, resize_image, seg_dls, standard_augment
+from semisup_seg.data import Augment, ReadFiles, check_size, resize_image, seg_dls, standard_augment
 from semisup_seg.learner import batches, to_tensor
 
 def names(dl): return [f.name for f in dl.items]
@@ -148,3 +148,26 @@ def test_masks_shrink_without_new_classes(tmp_path):
     for y in seg_dls(root, (17, 23), bs=2).valid.one_batch()[1]: assert set(y.unique().tolist())<={0, 1, 2}
 
 def test_resize_takes_height_first(): assert resize_image(np.zeros((9, 9, 3), np.uint8), (20, 30)).shape==(20, 30, 3)
+
+def opened(monkeypatch, dls):
+    "The files that one look at all training images opens"
+    import semisup_seg.data as data
+    seen = []
+    for f in ('load_image', 'load_mask'):
+        real = getattr(data, f)
+        monkeypatch.setattr(data, f, lambda o, *a, real=real: seen.append(o) or real(o, *a))
+    for _ in dls.train: pass
+    monkeypatch.undo()
+    return seen
+
+def test_the_second_epoch_opens_no_file(monkeypatch, trained_discs):
+    dls = seg_dls(trained_discs, (32, 32), bs=2)
+    assert {*opened(monkeypatch, dls)}=={f for pair in split_files(trained_discs, 'train') for f in pair}
+    assert opened(monkeypatch, dls)==[] and len(opened(monkeypatch, seg_dls(trained_discs, (32, 32), bs=2)))==8
+
+def test_what_is_kept_is_bounded(trained_discs):
+    read = ReadFiles((32, 48))
+    assert read.room==2**29//(32*48*4)
+    read.room = 1
+    a,b = [i for i,_ in split_files(trained_discs, 'train')[:2]]
+    assert read(a) is read(a) and read(b) is not read(b) and list(read.kept)==[a]
