@@ -123,3 +123,19 @@ def test_distillation_is_measured_and_goes_on(three_sets, tmp_path):
     assert {r['steps'] for r in rows}=={'3'}
     for r in rows: assert len(r['each'].split())==40 and float(r['test'])==pytest.approx(np.nanmean([float(d) for d in r['each'].split()]), abs=1e-3)
     assert [bool(r['pseudo']) for r in rows]==[False, True, True, True, True]
+
+def test_rows_of_a_process_beside_are_kept(three_sets, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT/'benchmarks')
+    import distill
+    out = tmp_path/'d.csv'
+    def row(arm): return dict.fromkeys(distill.COLUMNS, '1') | dict(set='busi_320', labels='60', network='U-Net', arm=arm, seed='0')
+    def train(self, arm, seed):
+        with out.open('w', newline='') as f:  # another process ends its training while this one is at it
+            w = csv.DictWriter(f, distill.COLUMNS)
+            w.writeheader()
+            w.writerow(row('ceiling'))
+        return row(arm)
+    monkeypatch.setattr(distill.Bench, 'train', train)
+    monkeypatch.setattr(sys, 'argv', ['distill.py', '--data', str(three_sets), '--work', str(tmp_path), '--out', str(out), '--splits', str(tmp_path/'t.csv'), '--sets', 'busi_320', '--seeds', '0', '--arms', 'naive'])
+    distill.main()
+    assert [r['arm'] for r in read(out)]==['ceiling', 'naive']
