@@ -22,6 +22,7 @@ from splits import SETS, TABLE, lay_out, splits
 
 NETWORKS = {'U-Net': ('U-Net', 'tf_efficientnet_lite0'), 'CGNet': ('CGNet', None)}
 VIEWS = ['H Flip', 'V Flip', 'H+V Flip']
+TEACHERS = 0, 1, 2  # the seeds of those who vote together
 COLUMNS = 'set', 'labels', 'network', 'arm', 'seed', 'size', 'bs', 'steps', 'seconds', 'valid', 'dev', 'test', 'pseudo', 'each'
 
 MAIN = dict(supervised=None, ceiling=None, naive=('data', 'naive'), data=('data', 'default'), model=('model', 'default'), both=('both', 'default'))
@@ -65,7 +66,7 @@ class Bench:
         kind = MAIN[arm][0] if arm in MAIN else 'data'
         if any(isinstance(p, Again) for p in pieces): ann = self.label(f'{arm}-{seed}', [self.model(arm.partition(', again')[0], seed)])
         elif kind=='data': ann = self.label(f'data-{seed}', [self.model('supervised', seed)])
-        else: ann = self.label(kind, [self.model('supervised', s) for s in self.o.seeds])
+        else: ann = self.label(kind, [self.model('supervised', s) for s in TEACHERS])
         for p in pieces: ann = p.choose(ann) if isinstance(p, Trusted) else ann
         return ann
 
@@ -111,7 +112,7 @@ def main():
     p.add_argument('--labels', type=int, default=60, choices=(60, 120))
     p.add_argument('--network', default='U-Net', choices=NETWORKS)
     p.add_argument('--arms', nargs='+', default=list(MAIN), choices=[*MAIN, *ABLATION])
-    p.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='of the teachers, which vote together, and of the students')
+    p.add_argument('--seeds', nargs='+', type=int, default=TEACHERS, help='of the trainings; those of the teachers that vote together are always 0, 1 and 2')
     p.add_argument('--size', type=int, default=64)
     p.add_argument('--bs', type=int, default=16)
     p.add_argument('--steps', type=int, default=300, help='about; whole epochs')

@@ -1,5 +1,6 @@
 "The benchmark runs, and what it wrote covers all that is claimed"
 import csv, json, subprocess, sys
+from types import SimpleNamespace
 
 import numpy as np, pytest
 from conftest import ROOT, photo, disc, save
@@ -139,3 +140,13 @@ def test_rows_of_a_process_beside_are_kept(three_sets, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['distill.py', '--data', str(three_sets), '--work', str(tmp_path), '--out', str(out), '--splits', str(tmp_path/'t.csv'), '--sets', 'busi_320', '--seeds', '0', '--arms', 'naive'])
     distill.main()
     assert [r['arm'] for r in read(out)]==['ceiling', 'naive']
+
+def test_all_teachers_vote_whatever_seeds_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT/'benchmarks')
+    import distill
+    bench = distill.Bench.__new__(distill.Bench)
+    bench.o,bench.out,bench.path,bench.size = SimpleNamespace(seeds=[1]), tmp_path, tmp_path, (32, 32)
+    monkeypatch.setattr(distill, 'annotate', lambda teachers, *a, **kw: ([f.stem for f in teachers], a[2]))
+    monkeypatch.setattr(distill, 'split_files', lambda *a: [])
+    three = ['supervised-0', 'supervised-1', 'supervised-2']
+    assert [bench.pseudo(arm, 1, []) for arm in ('data', 'model', 'both')]==[(three[1:2], distill.VIEWS), (three, []), (three, distill.VIEWS)]
