@@ -8,7 +8,7 @@ Each training adds a row to `nbs/results/distill.csv`; a row that is there is no
 import argparse, csv, tempfile, time
 from pathlib import Path
 
-from semisup_seg.annotate import annotate
+from semisup_seg.annotate import annotate, validation_dice
 from semisup_seg.core import atomic, load_mask, read_codes, split_files, unlabeled_files
 from semisup_seg.data import seg_dls
 from semisup_seg.learner import fit, save_model, seg_learner
@@ -21,7 +21,7 @@ from fastai.callback.core import Callback
 from splits import SETS, TABLE, lay_out, splits
 
 NETWORKS = {'U-Net': ('U-Net', 'tf_efficientnet_lite0'), 'CGNet': ('CGNet', None)}
-VIEWS = ['H Flip', 'V Flip', 'H+V Flip']
+VIEWS = dict(kvasir_seg_256=['H Flip', 'V Flip', 'H+V Flip'], busi_320=['H Flip'], covid_ct_256=['H Flip'])  # chosen on the validation images, see --views
 TEACHERS = 0, 1, 2  # the seeds of those who vote together
 COLUMNS = 'set', 'labels', 'network', 'arm', 'seed', 'size', 'bs', 'steps', 'seconds', 'valid', 'dev', 'test', 'pseudo', 'each'
 
@@ -36,6 +36,7 @@ ABLATION = {  # chkstyle: ignore-node
     'mix, trusted': [Trusted(), Mix(), Hard()],
     'mix, again': [Mix(), Hard(), Again()],
     'mix, CutMix, EMA': [Mix(), Hard(), CutMix(), EMA()],
+    'mix, soft, EMA': [Mix(), EMA()],
     'mix, strong, CutMix, EMA': [Mix(), Hard(), Strong(), CutMix(), EMA()],
     'mix, soft, CutMix, EMA': [Mix(), CutMix(), EMA()],
     'all but again': [Trusted(), Mix(), Confident(), Strong(), CutMix(), EMA()]}
@@ -59,7 +60,7 @@ class Bench:
 
     def label(self, kind, files):
         "Pseudo-labels by the models `files`"
-        return annotate(files, unlabeled_files(self.path), self.out/kind, [] if kind=='model' else VIEWS, self.size, soft=True, valid=split_files(self.path, 'valid'))
+        return annotate(files, unlabeled_files(self.path), self.out/kind, [] if kind=='model' else VIEWS[self.name], self.size, soft=True, valid=split_files(self.path, 'valid'))
 
     def pseudo(self, arm, seed, pieces):
         "The pseudo-labels of an arm: of one teacher, of all, or of the student of an earlier arm"
@@ -97,6 +98,17 @@ class Bench:
             steps=self.epochs*len(dls.train), seconds=round(time.time()-start), valid=f'{np.nanmean(valid):.4f}',
             dev=f'{np.nanmean(dev):.4f}' if dev else '', test=f'{np.nanmean(test):.4f}', pseudo=f'{self.truth(ann):.4f}' if ann else '', each=' '.join(f'{s:.3f}' for s in test))
 
+    def views(self):
+        "Rows of how the teachers do on the validation images with each flip beside the image, and with all"
+        teachers,pairs,flips = [self.model('supervised', s) for s in TEACHERS], split_files(self.path, 'valid'), ['H Flip', 'V Flip', 'H+V Flip']
+        return [dict(set=self.name, views=', '.join(v), **{f'teacher {s}': f'{d:.4f}' for s,d in zip(TEACHERS, validation_dice(teachers, pairs, self.o.bs, v))}) for v in ([], *([f] for f in flips), flips)]
+
+def write_rows(file, rows, columns):
+    with atomic(file) as f, f.open('w', newline='', encoding='utf-8') as fh:
+        w = csv.DictWriter(fh, columns, lineterminator='\n')
+        w.writeheader()
+        w.writerows(rows)
+
 def read_rows(file): return list(csv.DictReader(file.open(encoding='utf-8'))) if file.exists() else []
 
 def same(key): return lambda row: [row[k] for k in COLUMNS[:5]]==key
@@ -113,6 +125,7 @@ def main():
     p.add_argument('--network', default='U-Net', choices=NETWORKS)
     p.add_argument('--arms', nargs='+', default=list(MAIN), choices=[*MAIN, *ABLATION])
     p.add_argument('--seeds', nargs='+', type=int, default=TEACHERS, help='of the trainings; those of the teachers that vote together are always 0, 1 and 2')
+    p.add_argument('--views', action='store_true', help='instead of training, try the flips on the validation images; writes views.csv beside OUT')
     p.add_argument('--size', type=int, default=64)
     p.add_argument('--bs', type=int, default=16)
     p.add_argument('--steps', type=int, default=300, help='about; whole epochs')
@@ -120,6 +133,9 @@ def main():
     o = p.parse_args()
     if gone := [s for s in o.sets if not (o.data/s/'images').is_dir()]: raise SystemExit(f'{o.data}: has no {", ".join(gone)}')
     o.work.mkdir(parents=True, exist_ok=True)
+    if o.views:
+        rows = [r for name in o.sets for r in Bench(o, name, o.labels, o.network).views()]
+        return write_rows(o.out.with_name('views.csv'), rows, list(rows[0]))
     for name in o.sets:
         bench = Bench(o, name, o.labels, o.network)
         for arm in o.arms:
@@ -129,9 +145,6 @@ def main():
                 print(*key, flush=True)
                 row = bench.train(arm, seed)
                 print({k: v for k,v in row.items() if k!='each'}, flush=True)
-                with atomic(o.out) as f, f.open('w', newline='', encoding='utf-8') as fh:
-                    w = csv.DictWriter(fh, COLUMNS, lineterminator='\n')
-                    w.writeheader()
-                    w.writerows([*(r for r in read_rows(o.out) if not same(key)(r)), row])  # read again: other processes write too
+                write_rows(o.out, [*(r for r in read_rows(o.out) if not same(key)(r)), row], COLUMNS)  # read again: other processes write too
 
 if __name__=='__main__': main()

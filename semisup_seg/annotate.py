@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .core import DatasetError, atomic, check_numbers, bar, image_files, load_image, load_mask
 from .data import check_size, resize_image
-from .learner import _model, dice, likeliest, load_model, overlap_counts, predict, to_mask
+from .learner import _model, dice, likeliest, load_model, overlap_counts, to_mask
 from .record import CHECKED, COLUMNS, Annotations, predict_dice, read_annotations
 from .views import get_views
 from .vote import Ballot, agreement, entropy
@@ -367,10 +367,15 @@ def validation_dice(
     teachers:list, # As in `annotate`
     pairs:list,    # `(image, label)` files
     bs:int=8,      # Images per batch
+    views=(),      # Names from `views`, besides the image itself
 )->list:           # One number per teacher, 0–1
-    "The mean Dice score of each of `teachers`, to be its weight in the vote"
+    "The mean Dice score of each of `teachers`: its weight in a vote, or, with `views`, whether they suit it"
+    views,pile = get_views(views), _pile([(Path(i), Path(l)) for i,l in pairs], bs, lambda _: False)
+    def _one(h, codes):
+        if h.error: raise DatasetError(h.error)
+        return _score(h.mask(None)[0], h.label, codes)
     def _mean(m):
-        scores = [_score(p, l, m.codes) for p,(_,l) in zip(predict(m, [i for i,_ in pairs], bs=bs), pairs)]
+        scores = [_one(h, m.codes) for h in _hear(pile, [(m, 1)], views, m.size, None, bs, 'mean')]
         return float(np.mean([s for s in scores if s is not None]))
     return [_mean(_network(t)) for t in teachers]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from .annotate import annotate
+from .annotate import annotate, validation_dice
 from .core import DatasetError, atomic, check_dataset, check_numbers, check_rates, split_files, unlabeled_files
 from .data import check_size, seg_dls
 from .learner import fit, save_model, load_model, seg_learner
@@ -172,6 +172,17 @@ def _train(run, file, schedule, pieces=(), **kw):
     del learn
     gc.collect()
 
+# %% ../nbs/40_distill.ipynb #c0ffee0a
+def _try_views(run, voters, views, path, bs):
+    "Record what each view, asked beside the image, does to the mean Dice of the teachers on the validation images; warn where it harms"
+    if run.done('views') or not views: return
+    start,pairs = time.time(), split_files(path, 'valid')
+    def _dice(*views): return sum(validation_dice(voters, pairs, bs, views))/len(voters)
+    dice = {'image': _dice()} | {v: _dice(v) for v in views}
+    for v in views:
+        if dice[v]<dice['image']-0.01: print(f'{v}: with this view the teachers score {dice[v]:.3f} on the validation images, {dice["image"]:.3f} without; does it suit these images?', flush=True)
+    run.finish('views', dice=dice, seconds=round(time.time()-start, 1))
+
 # %% ../nbs/40_distill.ipynb #75a26624
 def _label(run, out, voters, files, views, size, bs, **options):
     "What `voters` say of `files`, one network at a time, or what they said when this stage was done"
@@ -239,7 +250,8 @@ def _costs(run, files):
 def _report(run, path, files, against, learn, ann, vote, summary, bs):
     "Judge the target beside the teachers and their vote"
     done = {n: run.done(run.stage(f)) for n,f in files.items()}
-    settings = dict(run.record['args'], images=summary.counts, training=_costs(run, files), data=run.record['data'], versions=run.record['versions'])
+    tried = (run.done('views') or {}).get('dice')
+    settings = dict(run.record['args'], images=summary.counts, views_on_validation=tried, training=_costs(run, files), data=run.record['data'], versions=run.record['versions'])
     others = {n: o['scores'] for n,o in done.items() if n!='target'}
     return make_report(learn, path, others, against, vote, {n: o['history'] for n,o in done.items()}, ann, settings, bs)
 
@@ -271,6 +283,7 @@ def distill(
     run = open_run(out, asked, fingerprint(path), resume)
     kw = dict(path=path, size=size, bs=bs, pretrained=pretrained, images=_images(summary, recipe, bs) if bases else None)
     teachers = _teach(run, bases, schedule, seed=seed, **kw)
+    _try_views(run, list(teachers.values()), views, path, bs)
     file,ann = _study(run, target, recipe, list(teachers.values()), views, schedule, seed=seed+max(len(bases), 1), **kw)
     vote = _label(run, Path(out)/'vote', list(teachers.values()), [i for i,_ in judged_files(path)[1]], views, size, bs) if teachers else None
     learn = new_learner(target, path, size, bs)

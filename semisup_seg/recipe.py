@@ -173,7 +173,7 @@ class EMA(Callback):
         self.average,self.raw,self.steps = {k: v.to(device) for k,v in d['average'].items()}, d['raw'], d['steps']
 
 # %% ../nbs/33_recipe.ipynb #1d012cbe
-recipes = dict(naive=lambda: [], default=lambda: [Mix(), Hard(), CutMix(), EMA()])
+recipes = dict(naive=lambda: [], default=lambda: [Mix(), Hard(), EMA()])
 
 def get_recipe(
     recipe, # One of `recipes`, or a list of pieces

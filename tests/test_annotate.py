@@ -500,6 +500,15 @@ def test_weights_from_the_validation_images(tiny, trained_discs, tmp_path):
     assert got[0]==pytest.approx(got[1]) and got[0]!=got[2]
     assert got[0]==pytest.approx(np.mean([N._score(predict(tiny, i), l, tiny.codes) for i,l in pairs]))
 
+def test_validation_dice_of_views(tiny, trained_discs, files, tmp_path):
+    pairs,views = split_files(trained_discs, 'valid'), ['V Flip', 'Rotate 90']
+    checked = annotate(tiny, files, tmp_path, views, valid=pairs).checked
+    got = validation_dice([tiny], pairs, views=views)[0]
+    assert got==pytest.approx(np.mean([r['dice'] for r in checked]), abs=1e-5) and got!=validation_dice([tiny], pairs)[0]
+    broken = tmp_path/'broken.png'
+    broken.write_bytes(b'no picture')
+    with pytest.raises(DatasetError, match='broken.png'): validation_dice([tiny], [(broken, pairs[0][1])])
+
 def test_pictures(monkeypatch, tiny, trained_discs, files, tmp_path):
     seen = []
     monkeypatch.setattr(R, 'show_rows', lambda rows, **kw: seen.append([len(r) for r in rows]))

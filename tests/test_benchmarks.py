@@ -145,8 +145,8 @@ def test_all_teachers_vote_whatever_seeds_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT/'benchmarks')
     import distill
     bench = distill.Bench.__new__(distill.Bench)
-    bench.o,bench.out,bench.path,bench.size = SimpleNamespace(seeds=[1]), tmp_path, tmp_path, (32, 32)
+    bench.o,bench.name,bench.out,bench.path,bench.size = SimpleNamespace(seeds=[1]), 'busi_320', tmp_path, tmp_path, (32, 32)
     monkeypatch.setattr(distill, 'annotate', lambda teachers, *a, **kw: ([f.stem for f in teachers], a[2]))
     monkeypatch.setattr(distill, 'split_files', lambda *a: [])
     three = ['supervised-0', 'supervised-1', 'supervised-2']
-    assert [bench.pseudo(arm, 1, []) for arm in ('data', 'model', 'both')]==[(three[1:2], distill.VIEWS), (three, []), (three, distill.VIEWS)]
+    assert [bench.pseudo(arm, 1, []) for arm in ('data', 'model', 'both')]==[(three[1:2], ['H Flip']), (three, []), (three, ['H Flip'])]

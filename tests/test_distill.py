@@ -8,7 +8,8 @@ from conftest import NET, SIZE, make_discs, save, tree
 from PIL import Image
 
 import semisup_seg.annotate as N, semisup_seg.distill as D
-from semisup_seg.core import DatasetError, check_dataset, load_image, load_mask
+from semisup_seg.annotate import validation_dice
+from semisup_seg.core import DatasetError, check_dataset, load_image, load_mask, split_files
 from semisup_seg.distill import data_distillation, distill, model_data_distillation, model_distillation, simple_training
 from semisup_seg.learner import load_model, predict
 from semisup_seg.recipe import Again, Hard, Mix, Trusted
@@ -81,8 +82,22 @@ def test_run_says_how_it_was_made(done):
     run = json.loads((done[2]/'run.json').read_text())
     assert run['args']['bases']==[list(NET)] and run['args']['views']==['H Flip'] and run['args']['seed']==42 and run['args']['size']==[32, 32]
     assert run['versions']['torch']==torch.__version__.split('+')[0] or run['versions']['torch']==torch.__version__
-    assert set(run['stages'])=={'start', BASE, 'annotations', TARGET, 'vote/annotations'} and len(run['data'])>=16
+    assert set(run['stages'])=={'start', BASE, 'views', 'annotations', TARGET, 'vote/annotations'} and len(run['data'])>=16
     assert run['args']['recipe'].startswith('Mix(share=0.5), ') and run['stages'][BASE]['steps']==run['stages'][TARGET]['steps']==2
+
+def test_views_are_tried_on_the_validation_images(done):
+    path,_,out,res = done
+    dice,pairs = json.loads((out/'run.json').read_text())['stages']['views']['dice'], split_files(path, 'valid')
+    teacher = [load_model(out/f'{BASE}.pth')]
+    assert dice=={k: pytest.approx(validation_dice(teacher, pairs, views=v)[0]) for k,v in {'image': [], 'H Flip': ['H Flip']}.items()}
+    assert res.report.settings['views_on_validation']==dice and 'views_on_validation' in (out/'report.html').read_text()
+
+def test_a_view_that_harms_is_named(monkeypatch, tmp_path, discs, capsys):
+    monkeypatch.setattr(D, 'validation_dice', lambda teachers, pairs, bs, views: [{(): 0.7, ('H Flip',): 0.695, ('V Flip',): 0.6}[views]]*len(teachers))
+    run = D.Run(tmp_path/'out', {}, '')
+    for _ in range(2): D._try_views(run, ['a', 'b'], ['H Flip', 'V Flip'], discs, 2)
+    said = capsys.readouterr().out
+    assert said.count('V Flip: with this view the teachers score 0.600 on the validation images, 0.700 without')==1 and 'H Flip' not in said
 
 def test_data_is_untouched_and_not_copied(done):
     path,before,out,_ = done
