@@ -26,7 +26,7 @@ class AltTexts(Processor):
         if cell.cell_type=='markdown': self.heading = ([self.heading] + HEADING.findall(FENCE.sub('', cell.source)))[-1]
         elif cell.cell_type=='code' and 'image/png' in str(cell.get('outputs')) and 'fig-alt' not in cell.source:
             name = re.sub(r"""[`*"'\\]""", '', self.heading)
-            cell.source = f'#| fig-alt: "{name}: what the code above draws"\n{cell.source}'
+            cell.source = f'#| fig-alt: "{name}: drawn by the code above"\n{cell.source}'
 
 def local_links(text, depth):
     "Make the links to the published site in `text` relative, for a page `depth` folders down, and its types plain"
