@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nbdev.config import get_config, nbpath2html
+from nbdev.process import Processor
 from nbdev.processors import FilterDefaults
 from nbdev.quarto import nbdev_docs, refresh_quarto_yml
 from nbdev.readme_filter import doc_link
@@ -14,7 +15,18 @@ from fastcore.nbio import read_nb
 root = Path(__file__).resolve().parent.parent
 NUMBERED = re.compile(r'((?:\]\(|- |href: )(?:[\w.-]+/)*)\d+[a-zA-Z0-9]*_([\w.-]+\.ipynb)')
 LINK = re.compile(r'(!?)\[((?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*)\]\(([^)\s]+)((?:\s+"[^"]*")?)\)(\{[^}\n]*\})?')
+HEADING = re.compile(r'^#+ +(.+)', re.M)
 FENCE = re.compile(r'(^```.*?^```[^\n]*\n?)', re.M|re.S)
+
+class AltTexts(Processor):
+    "Name each picture that a cell drew, unless its `fig-alt` does, by the heading that it stands under"
+    def begin(self): self.heading = self.nb.frontmatter_.get('title', '')
+
+    def cell(self, cell):
+        if cell.cell_type=='markdown': self.heading = ([self.heading] + HEADING.findall(FENCE.sub('', cell.source)))[-1]
+        elif cell.cell_type=='code' and 'image/png' in str(cell.get('outputs')) and 'fig-alt' not in cell.source:
+            name = re.sub(r"""[`*"'\\]""", '', self.heading)
+            cell.source = f'#| fig-alt: "{name}: drawn by the code above"\n{cell.source}'
 
 def local_links(text, depth):
     "Make the links to the published site in `text` relative, for a page `depth` folders down, and its types plain"
@@ -32,6 +44,7 @@ def unnumber(pages):
 
 def site():
     "Build the website into `_docs`"
+    FilterDefaults.xtra_procs = lambda self: [AltTexts]
     if shutil.which('quarto'): return nbdev_docs.__wrapped__(n_workers=0)
     if not find_spec('smalldocs'):
         sys.exit('The website needs Quarto (https://quarto.org/docs/get-started/), or Python 3.11 or later, '

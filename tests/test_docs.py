@@ -1,10 +1,14 @@
 "The website as a reader meets it: built, opened in a browser, followed from page to page."
-import shutil, subprocess, sys
+import re, shutil, subprocess, sys
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
 root = Path(__file__).resolve().parent.parent
@@ -12,11 +16,24 @@ DOCS_URL = 'https://semisup-seg.github.io/semisup_seg/'
 BROWSERS = 'chromium', 'google-chrome', 'google-chrome-stable', 'chromium-browser', 'chrome'
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update', '--disable-sync',
     '--no-first-run']
+MAIN = 'index', 'tutorials/quickstart', 'core', 'distill', 'benchmarks/distill'
+WIDTHS = 390, 1440
 
 @pytest.fixture(scope='module')
 def site():
     subprocess.run([sys.executable, root/'.ci/build_docs.py', 'site'], check=True)
     return root/'_docs'
+
+class Handler(SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+@pytest.fixture(scope='module')
+def url(site):
+    "The address of the site on a server of its own"
+    with ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=site)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}/'
+        server.shutdown()
 
 @pytest.fixture(scope='module')
 def browser():
@@ -27,50 +44,112 @@ def browser():
         yield browser
         browser.close()
 
+def new_page(browser, url, width):
+    "A page `width` pixels wide on which every other site answers with an empty picture"
+    page = browser.new_page(viewport=dict(width=width, height=900), base_url=url)
+    page.set_default_timeout(60_000)
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" width="90" height="20"/>'
+    page.route(lambda u: not u.startswith(url), lambda r: r.fulfill(content_type='image/svg+xml', body=svg))
+    return page
+
 @pytest.fixture
-def page(browser):
-    page = browser.new_page()
-    page.set_default_timeout(20_000)
+def page(browser, url):
+    page = new_page(browser, url, 1440)
     yield page
     page.close()
 
-def visit(page, path):
-    page.goto(path.as_uri(), wait_until='load')
-    return page.locator('main')
+@pytest.fixture(scope='module', params=[(n, w) for n in MAIN for w in WIDTHS], ids=lambda p: f'{p[0]}-{p[1]}')
+def shown(request, browser, url):
+    "A main page at one of the widths, and the errors that it met when it was opened"
+    name, width = request.param
+    page, errors = new_page(browser, url, width), []
+    page.on('console', lambda m: errors.append(m.text) if m.type=='error' else None)
+    page.on('pageerror', lambda e: errors.append(str(e)))
+    visit(page, name)
+    yield page, errors
+    page.close()
 
-def test_index(site, page):
-    main = visit(page, site/'index.html')
-    assert main.locator('h1').first.inner_text().strip()
-    assert len(main.inner_text()) > 300
-    check_images(main)
-    assert page.locator('#quarto-sidebar').get_by_text('Quickstart').count()
+def visit(page, name):
+    page.goto(f'{name}.html', wait_until='load')
+    return page.locator('main')
 
 def check_images(main, n=1):
     "At least `n` images of the site stand in `main`, and each is really drawn"
     sizes = main.locator('img:not([src^=http])').evaluate_all('ims => Promise.all(ims.map(i => i.decode().then(() => i.naturalWidth, () => 0)))')
     assert len(sizes) >= n and all(sizes), f'widths of the images: {sizes}'
 
-def test_api_page(site, page):
-    main = visit(page, site/'core.html')
+def check_access(page, **options):
+    "axe-core finds nothing on `page` that keeps readers out"
+    grave = [v for v in Axe().run(page, options=dict(resultTypes=['violations'], **options)).response['violations'] if v['impact'] in ('serious', 'critical')]
+    assert not grave, '\n'.join(f'{v["help"]}: {n["html"][:120]}' for v in grave for n in v['nodes'])
+
+def test_index(page):
+    main = visit(page, 'index')
+    assert main.locator('h1').first.inner_text().strip()
+    assert len(main.inner_text()) > 300
+    check_images(main)
+    assert page.locator('#quarto-sidebar').get_by_text('Quickstart').count()
+
+def test_api_page(page):
+    main = visit(page, 'core')
     assert main.locator('#check_dataset').count()
     signature = main.locator('pre', has_text='def check_dataset').first.inner_text()
     assert 'path' in signature and '# The data set folder' in signature
     check_images(main)
     assert page.locator('.nav-page-next a').count()
 
-def test_quickstart(site, page):
-    main = visit(page, site/'tutorials/quickstart.html')
+def test_quickstart(page):
+    main = visit(page, 'tutorials/quickstart')
     assert main.locator('pre').count()
     check_images(main)
 
-def test_next_page_can_be_followed(site, page):
-    visit(page, site/'index.html')
+def test_next_page_can_be_followed(page):
+    visit(page, 'index')
     title = page.title()
     link = page.locator('.nav-page-next a')
     name = link.inner_text().strip()
     link.click()
     page.wait_for_load_state()
     assert page.title()!=title and name in page.locator('h1').first.inner_text()
+
+def test_changelog_is_reached_from_the_front_page(page):
+    visit(page, 'index')
+    page.get_by_role('link', name='Changelog').click()
+    text = page.locator('main', has=page.get_by_role('heading', name='Changelog')).inner_text()
+    versions = re.findall(r'^## (.+)', (root/'CHANGELOG.md').read_text(encoding='utf-8'), re.M)
+    assert versions and all(v in text for v in versions)
+
+def test_search_finds_a_function(page):
+    visit(page, 'index')
+    page.keyboard.press('/')
+    page.keyboard.type('check_dataset')
+    result = page.locator('.smalldocs-search-results a, .aa-Panel a').first
+    result.wait_for()
+    check_access(page, runOnly=['color-contrast'])
+    result.click()
+    page.locator('main', has_text='def check_dataset').wait_for()
+    assert urlsplit(page.url).path!='/index.html'
+
+CUT_OFF = """() => {
+    const scrolls = e => e && (/auto|scroll/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement))
+    const out = [...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)
+    return out.filter(e => !scrolls(e.parentElement)).map(e => e.outerHTML.slice(0, 120))
+}"""
+FONT_SIZES = 'es => es.map(e => parseFloat(getComputedStyle(e).fontSize))'
+
+def test_page_fits_the_window(shown):
+    page, _ = shown
+    assert page.evaluate('document.documentElement.scrollWidth <= innerWidth')
+    assert not page.evaluate(CUT_OFF)
+    for what,least in dict(p=15, td=13, pre=13).items():
+        sizes = page.locator(f'main {what}').evaluate_all(FONT_SIZES)
+        assert min(sizes, default=least) >= least, f'{what}: {min(sizes)} px'
+
+def test_console_is_silent(shown):
+    _, errors = shown
+    assert not errors
+
+def test_page_is_accessible(shown): check_access(shown[0])
 
 class Links(HTMLParser):
     "The `links` that a page makes and the `anchors` that it offers"
