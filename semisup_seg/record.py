@@ -120,6 +120,7 @@ def _pictures(ann, rows):
 def _repr_html_(self:Annotations, n=3):
     said,rank = f'<div>{_html(repr(self))}</div>', self.ranked()
     if not rank: return said + '<div>There is no mask to show.</div>'
+    n = min(n, -(-len(rank)//2))
     ends = [('least trusted', r) for r in rank[:n]] + [('most trusted', r) for r in rank[n:][-n:]]
     keys = [k for k in ('confidence', 'agreement', 'predicted_dice') if rank[0][k] is not None]
     pics,colours = _pictures(self, [r for _,r in ends])
