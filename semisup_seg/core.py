@@ -102,7 +102,8 @@ class Table:
 
     def _repr_html_(self):
         sides = ['right' if all(map(_NUMBER.fullmatch, c)) else 'left' for c in zip(*self.rows[1:])] or ['left']*len(self.rows[0])
-        def _tr(r, tag): return '<tr>' + ''.join(f'<{tag} style="text-align:{s}">{_html(c)}</{tag}>' for c,s in zip(r, sides)) + '</tr>'
+        def _cell(c, tag, side): return f'<{tag} style="text-align:{side};padding:.2em .8em .2em 0">{_html(c).replace(", ", ",&nbsp;") if side=="right" else _html(c)}</{tag}>'
+        def _tr(r, tag): return '<tr>' + ''.join(_cell(c, tag, s) for c,s in zip(r, sides)) + '</tr>'
         return '<div style="overflow-x:auto"><table>' + ''.join(_tr(r, 'td' if i else 'th') for i,r in enumerate(self.rows)) + '</table></div>'
 
 
