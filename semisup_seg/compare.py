@@ -11,7 +11,7 @@ __all__ = ['Comparison', 'compare_runs']
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import Table
+from .core import Shown, Table
 from .report import _cell, _seconds, _word, interval, read_report
 
 import numpy as np
@@ -24,8 +24,8 @@ def _how(name, s):
     return [name, nets, ', '.join(s.get('views') or []) or '–', s.get('recipe') or '–', '×'.join(map(str, s.get('size') or '–')), s.get('seed', '–')]
 
 # %% ../nbs/42_compare.ipynb #dab3eef8
-@dataclass
-class Comparison:
+@dataclass(repr=False)
+class Comparison(Shown):
     "Runs judged on the same images; the others are measured against the first"
     runs:dict # `{name: report}`
 
@@ -42,8 +42,7 @@ class Comparison:
         return [Table([['run', 'mean Dice', f'gain over {first}', '', 'target steps', 'seconds in all'], *rows]),
             Table([['run', 'teachers → target', 'views', 'recipe', 'size', 'seed'], *(_how(n, r.settings) for n,r in self.runs.items())])]
 
-    def __repr__(self): return '\n\n'.join([*map(str, self.tables), _remarks(self)])
-    def _repr_markdown_(self): return '\n\n'.join([*(t._repr_markdown_() for t in self.tables), _remarks(self)])
+    def parts(self): return [*self.tables, *_remarks(self)]
 
 # %% ../nbs/42_compare.ipynb #449190c1
 def _remarks(c):
@@ -51,8 +50,8 @@ def _remarks(c):
     report,steps = next(iter(c.runs.values())), {n: c.steps(n) for n in c.runs}
     res = f'{len(report.target)} images of the {"test" if report.split=="test" else "validation"} set; 95 % bootstrap intervals over the images, paired for the gains, not over seeds: another seed may undo a small gain.'
     if report.split!='test': res += ' There is no test set: the validation set chose the models and judges them here, which flatters.'
-    if len({*steps.values()} - {'–'})<2: return res
-    return f'{res}\n\nThe targets took unequal numbers of steps ({", ".join(f"{n} {s}" for n,s in steps.items())}): a longer training alone may explain a gain.'
+    if len({*steps.values()} - {'–'})<2: return [res]
+    return [res, f'The targets took unequal numbers of steps ({", ".join(f"{n} {s}" for n,s in steps.items())}): a longer training alone may explain a gain.']
 
 def compare_runs(
     *outs:str|Path, # Folders of finished runs, two or more; the others are measured against the first

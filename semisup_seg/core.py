@@ -6,12 +6,12 @@ Docs: https://semisup-seg.github.io/semisup_seg/core.html.md"""
 
 # %% auto #0
 __all__ = ['IGNORE', 'PALETTE', 'cmap', 'SPLITS', 'UNLABELED', 'DatasetError', 'pick', 'check_numbers', 'check_rates',
-           'check_shares', 'Table', 'Codes', 'parse_codes', 'read_codes', 'load_image', 'load_mask', 'atomic',
+           'check_shares', 'Table', 'Shown', 'Codes', 'parse_codes', 'read_codes', 'load_image', 'load_mask', 'atomic',
            'on_screen', 'bar', 'overlay', 'show_rows', 'image_files', 'split_files', 'unlabeled_files',
            'DatasetSummary', 'check_dataset']
 
 # %% ../nbs/00_core.ipynb #3bc4c4ff
-import difflib, os, sys, time
+import base64, difflib, html, io, os, re, sys, time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,10 +19,12 @@ from functools import cached_property
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np
+from fastcore.basics import patch
 from fastcore.imports import IN_NOTEBOOK
 from fastcore.parallel import parallel
 from fastprogress.fastprogress import progress_bar
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, to_hex
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # %% ../nbs/00_core.ipynb #d69eb8a7
@@ -69,18 +71,49 @@ def check_shares(**shares):
         if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0<v<=1: raise ValueError(f'{k} is {v!r}; expected a number above 0 and at most 1')
 
 # %% ../nbs/00_core.ipynb #e5034c80
+class _Drawn(str):
+    "A text that a notebook shows as `html`"
+    def __new__(cls, text, html):
+        self = super().__new__(cls, text)
+        self.html = html
+        return self
+
+def _html(o):
+    "A text, table or the like as HTML; links as Markdown writes them stay links"
+    if isinstance(o, _Drawn): return o.html
+    return o._repr_html_() if hasattr(o, '_repr_html_') else re.sub(r'\[([^]]+)\]\((https?:[^)\s]+)\)', r'<a href="\2">\1</a>', html.escape(str(o)))
+
+_NUMBER = re.compile(r'[-+]?[\d.,]*( ?[%MG])?( \[.*\])?|–')  # an interval too, or nothing
+
 class Table:
     "Rows of anything, the first of them names; aligned in a terminal, drawn in a notebook"
     def __init__(self,
         rows:list, # Sequences of equal length; the first holds the names of the columns
     ):
-        self.rows = [[str(c) for c in r] for r in rows]
+        self.rows = [[c if isinstance(c, str) else str(c) for c in r] for r in rows]
 
-    def __str__(self):
+    def __repr__(self):
         widths = [max(map(len, c)) for c in zip(*self.rows)]
         return '\n'.join('  '.join(c.ljust(w) for c,w in zip(r, widths)).rstrip() for r in self.rows)
-    __repr__ = __str__
-    def _repr_markdown_(self): return '\n'.join('| ' + ' | '.join(r) + ' |' for r in [self.rows[0], ['---']*len(self.rows[0]), *self.rows[1:]])
+
+    def _repr_markdown_(self):
+        head,*body = [[c.replace('|', '\\|') for c in r] for r in self.rows]
+        return '\n'.join('| ' + ' | '.join(r) + ' |' for r in [head, ['---']*len(head), *body])
+
+    def _repr_html_(self):
+        sides = ['right' if all(map(_NUMBER.fullmatch, c)) else 'left' for c in zip(*self.rows[1:])] or ['left']*len(self.rows[0])
+        def _cell(c, tag, side): return f'<{tag} style="text-align:{side};padding:.2em .8em .2em 0">{_html(c).replace(", ", ",&nbsp;") if side=="right" else _html(c)}</{tag}>'
+        def _tr(r, tag): return '<tr>' + ''.join(_cell(c, tag, s) for c,s in zip(r, sides)) + '</tr>'
+        return '<div style="overflow-x:auto"><table>' + ''.join(_tr(r, 'td' if i else 'th') for i,r in enumerate(self.rows)) + '</table></div>'
+
+
+# %% ../nbs/00_core.ipynb #5a1e0b02
+class Shown:
+    "Shows itself as its `parts()`: tables, and sentences between them"
+    def __repr__(self): return '\n\n'.join(map(str, self.parts()))
+    def _repr_markdown_(self): return '\n\n'.join(p._repr_markdown_() if isinstance(p, Table) else p for p in self.parts())
+    def _repr_html_(self): return ''.join(f'<div style="margin:.5em 0">{_html(p)}</div>' for p in self.parts())
+
 
 # %% ../nbs/00_core.ipynb #d30f5f12
 IGNORE = 255  # class index of pixels that neither train nor count
@@ -247,6 +280,9 @@ def overlay(
     on = ((mask>0) & (mask!=IGNORE))[..., None]*alpha
     return np.uint8(image*(1-on) + colour*on)
 
+def _swatch(i, name): return _Drawn(name, f'<span style="color:{to_hex(PALETTE[(i-1)%(len(PALETTE)-1)+1]/255) if i else "#8888"}">{"■" if i else "□"}</span>&nbsp;{html.escape(name)}')
+
+
 # %% ../nbs/00_core.ipynb #3e049750
 def show_rows(
     rows:list,         # Each a list of uint8 pictures `(h, w, 3)`
@@ -262,6 +298,22 @@ def show_rows(
             ax.imshow(pic)
             ax.set(xticks=[], yticks=[], title=titles[c] if titles and not r else '', ylabel=labels[r] if labels and not c else '')
             for s in ax.spines.values(): s.set_visible(False)
+
+# %% ../nbs/00_core.ipynb #5a1e0b05
+@patch
+def _repr_html_(self:Codes):
+    return Table([['class', 'pixel values'], *([_swatch(i, n), ', '.join(map(str, v))] for i,(n,v) in enumerate(zip(self.names, self.values)))])._repr_html_()
+
+def _img(pic, alt='', px=224):
+    "A picture, array or figure, as an HTML tag with the data inside"
+    buf,kind = io.BytesIO(), 'png' if isinstance(pic, Figure) else 'jpeg'
+    if kind=='png': pic.savefig(buf, format='png', dpi=80)
+    else:
+        im = Image.fromarray(pic)
+        im.thumbnail((px, px))
+        im.save(buf, 'jpeg', quality=88)
+    return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{base64.b64encode(buf.getvalue()).decode()}">'
+
 
 # %% ../nbs/00_core.ipynb #8bd51b77
 SPLITS = 'train', 'valid', 'test'
@@ -328,8 +380,8 @@ def _check_files(job, root, codes):
     return list(dict.fromkeys(faults)), (split, im.shape[:2] if im is not None else None, counts)
 
 # %% ../nbs/00_core.ipynb #b72976d6
-@dataclass
-class DatasetSummary:
+@dataclass(repr=False)
+class DatasetSummary(Shown):
     "What a data set folder holds"
     path:Path     # The folder
     codes:Codes   # Its classes
@@ -337,14 +389,18 @@ class DatasetSummary:
     sizes:Counter # How many images have each size `(h, w)`, pixels
     shares:dict   # Per split: the share of each class among its pixels, 0–1
 
-    def _rows(self):
-        yield ['split', 'images', *self.codes.names]
-        for k,n in self.counts.items(): yield [k, n, *([f'{o:.1%}' for o in self.shares.get(k, [])] or ['']*len(self.codes))]
+    def unusual(self):
+        lacks = [f'No pixel of {n} in {k}.' for k,v in self.shares.items() for n,s in zip(self.codes.names, v) if not s]
+        if 'test' not in self.counts: lacks.append('No test set: the validation set will choose the model and judge it, which flatters.')
+        return lacks + ([] if 'unlabeled' in self.counts else ['No unlabelled images: nothing to distil from.'])
 
-    def _sizes(self): return 'Image sizes (w×h): ' + ', '.join(f'{w}×{h} ({n})' for (h,w),n in self.sizes.most_common(5)) + ('…' if len(self.sizes)>5 else '')
-    def __str__(self): return f'{self.path}\n{Table(self._rows())}\n{self._sizes()}'
-    __repr__ = __str__
-    def _repr_markdown_(self): return f'{Table(self._rows())._repr_markdown_()}\n\n{self._sizes()}'
+    def parts(self):
+        rows = [[k, n, *([f'{o:.1%}' for o in self.shares.get(k, [])] or ['']*len(self.codes))] for k,n in self.counts.items()]
+        sizes = ', '.join(f'{w}×{h} ({n})' for (h,w),n in self.sizes.most_common(5)) + ('…' if len(self.sizes)>5 else '')
+        return [Table([['split', 'images', *(_swatch(i, n) for i,n in enumerate(self.codes.names))], *rows]), f'Image sizes (w×h): {sizes}', *self.unusual()]
+
+    def __repr__(self): return f'{self.path}\n{super().__repr__()}'
+
 
 # %% ../nbs/00_core.ipynb #3bc4983c
 def _summary(root, codes, found):

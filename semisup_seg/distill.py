@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .annotate import annotate, validation_dice
-from .core import DatasetError, atomic, check_dataset, check_numbers, check_rates, split_files, unlabeled_files
+from .core import DatasetError, Shown, atomic, check_dataset, check_numbers, check_rates, split_files, unlabeled_files
 from .data import check_size, seg_dls
 from .learner import fit, save_model, load_model, seg_learner
 from .models.core import build_model, check_request
@@ -195,15 +195,14 @@ def _label(run, out, voters, files, views, size, bs, **options):
     return ann
 
 # %% ../nbs/40_distill.ipynb #a26c1de1
-@dataclass
-class Result:
+@dataclass(repr=False)
+class Result(Shown):
     "What a routine gives back"
     learner:Learner         # The target
     report:Report           # Its scores, beside those of the teachers and of their vote
     annotations:Annotations # The pseudo-labels; None without a teacher
     out:Path                # The folder with everything
-    def __repr__(self): return f'{self.report}\n\n{self.out/"report.html"}'
-    def _repr_markdown_(self): return self.report._repr_markdown_()
+    def parts(self): return [*self.report.parts(), f'The report with pictures: {self.out/"report.html"}']
 
 # %% ../nbs/40_distill.ipynb #8c5a74aa
 def _teach(run, bases, schedule, **kw):

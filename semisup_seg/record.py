@@ -13,9 +13,10 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import atomic, load_image, load_mask, overlay, show_rows
+from .core import DatasetError, Table, _Drawn, _html, _img, _swatch, atomic, load_image, load_mask, overlay, show_rows
 
 import matplotlib.pyplot as plt, numpy as np
+from fastcore.basics import patch
 from scipy.stats import spearmanr
 
 # %% ../nbs/27_record.ipynb #5d19bd50
@@ -98,6 +99,34 @@ def predict_dice(
     x,y = np.array([[r[k], r['dice']] for r in known]).T
     a,b = np.polyfit(x, y, 1) if len(x)>2 and np.ptp(x)>0 else (0, y.mean())
     return [None if r[k] is None else float(np.clip(a*r[k]+b, 0, 1).round(5)) for r in rows]
+
+# %% ../nbs/27_record.ipynb #5a1e0b11
+def _read(load, file):
+    try: return load(file)
+    except DatasetError as e: return str(e).replace(str(file), Path(file).name)
+
+def _pictures(ann, rows):
+    "For each of `rows` image and mask as a small picture, or why there is none; and the colours of the pixel values"
+    read = [(_read(load_image, r['image']), _read(load_mask, ann.out/r['mask'])) for r in rows]
+    values = np.unique(np.concatenate([np.unique(m) for _,m in read if not isinstance(m, str)] or [[]]))
+    def _draw(im, m):
+        for o in (im, m):
+            if isinstance(o, str): return o
+        if im.shape[:2]!=m.shape: return 'image and mask differ in size'
+        return _Drawn('', _img(np.hstack([im, overlay(im, np.searchsorted(values, m))]), 'image and mask', 144))
+    return [_draw(*o) for o in read], [_swatch(i, f'{v:.0f}') for i,v in enumerate(values)]
+
+@patch
+def _repr_html_(self:Annotations, n=3):
+    said,rank = f'<div>{_html(repr(self))}</div>', self.ranked()
+    if not rank: return said + '<div>There is no mask to show.</div>'
+    n = min(n, -(-len(rank)//2))
+    ends = [('least trusted', r) for r in rank[:n]] + [('most trusted', r) for r in rank[n:][-n:]]
+    keys = [k for k in ('confidence', 'agreement', 'predicted_dice') if rank[0][k] is not None]
+    pics,colours = _pictures(self, [r for _,r in ends])
+    rows = [[end, Path(r['image']).name, *(f'{r[k]:.3f}' for k in keys), 'yes' if r['used'] else 'no', p] for (end,r),p in zip(ends, pics)]
+    return said + Table([['', 'image', *(k.replace('_', ' ') for k in keys), 'used', 'image and mask'], *rows])._repr_html_() + f'<div>pixel values: {" ".join(map(_html, colours))}</div>'
+
 
 # %% ../nbs/27_record.ipynb #6206f0fe
 def show_annotations(

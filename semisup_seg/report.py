@@ -9,18 +9,17 @@ __all__ = ['STYLE', 'score_masks', 'score_images', 'interval', 'Report', 'pick_c
            'make_report', 'save_report', 'read_report']
 
 # %% ../nbs/41_report.ipynb #ff3bdabc
-import base64, html, io, json
+import html, json
 from dataclasses import dataclass
 from pathlib import Path
 
 from .record import Annotations, trust
-from .core import Codes, DatasetError, Table, atomic, load_image, load_mask, overlay, pick, split_files
+from .core import Codes, DatasetError, Shown, Table, _img, atomic, load_image, load_mask, overlay, pick, split_files
 from .learner import _model, dice, jaccard, overlap_counts, predict
 
 import numpy as np, torch
 from fastcore.basics import patch
 from matplotlib.figure import Figure
-from PIL import Image
 
 # %% ../nbs/41_report.ipynb #745a6b40
 def _scores(pred, truth, names):
@@ -65,8 +64,8 @@ def interval(
     return float(v.mean()), *map(float, np.percentile(means, [2.5, 97.5]))
 
 # %% ../nbs/41_report.ipynb #2d00bb43
-@dataclass
-class Report:
+@dataclass(repr=False)
+class Report(Shown):
     "Scores on the same images; the last are the target's"
     split:str          # 'test', or 'valid' where there is no test set
     scores:dict        # `{name: rows}`, rows as from `score_images`
@@ -87,8 +86,7 @@ class Report:
     def gains(self, measure): return self.values([*self.scores][-1], measure) - self.values(self.against, measure)
     def difference(self, measure): return interval(self.gains(measure))
 
-    def __repr__(self): return '\n\n'.join([*map(str, self.tables()), self.verdict()])
-    def _repr_markdown_(self): return '\n\n'.join([*(t._repr_markdown_() for t in self.tables()), self.verdict()])
+    def parts(self): return [*self.tables(), self.verdict()]
 
 # %% ../nbs/41_report.ipynb #36fac66a
 def _word(gains):
@@ -127,21 +125,6 @@ def tables(self:Report):
     return res
 
 # %% ../nbs/41_report.ipynb #f48ce3ee
-def _img(pic, alt='', px=224):
-    "A picture, array or figure, as an HTML tag with the data inside"
-    buf,kind = io.BytesIO(), 'png' if isinstance(pic, Figure) else 'jpeg'
-    if kind=='png': pic.savefig(buf, format='png', dpi=80)
-    else:
-        im = Image.fromarray(pic)
-        im.thumbnail((px, px))
-        im.save(buf, 'jpeg', quality=88)
-    return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{base64.b64encode(buf.getvalue()).decode()}">'
-
-def _table(rows):
-    head,*body = [[html.escape(str(c)).replace(', ', ',&nbsp;') for c in r] for r in rows]
-    def _tr(r, tag): return '<tr>' + ''.join(f'<{tag}>{c}</{tag}>' for c in r) + '</tr>'
-    return '<div class="scroll"><table>' + _tr(head, 'th') + ''.join(_tr(r, 'td') for r in body) + '</table></div>'
-
 def _grid(titles, rows):
     "Rows of HTML tags under column titles, each row with a caption"
     cells = ''.join(f'<b>{html.escape(t)}</b>' for t in titles)
@@ -219,7 +202,7 @@ STYLE = '''<style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem }
 h1 { line-height: 1.2 } img { max-width: 100%; height: auto; background: #fff }
 .verdict { font-size: 1.15rem; border-left: 4px solid #f28e2b; padding-left: .8rem }
-.scroll { overflow-x: auto; margin: 1rem 0 } table { border-collapse: collapse } th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #8884 }
+table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #8884 }
 td:first-child { min-width: 6rem; overflow-wrap: anywhere } @media (max-width: 30rem) { table { font-size: .84rem } }
 .grid { display: grid; grid-template-columns: repeat(var(--n), 1fr); gap: .4rem } .grid p { grid-column: 1/-1; margin: .6rem 0 0; font-size: .9rem } .grid img { width: 100% }
 pre { overflow-x: auto; font-size: .85rem }
@@ -232,7 +215,7 @@ def render_page(
     "The report as one self-contained HTML page"
     note = ('Mean over the images, with 95 % bootstrap intervals over the images (2,000 resamples). They tell how much depends on the choice of test images, '
         'not how much depends on the seed of the training; where images resemble their neighbours, they are too narrow.')
-    scores,body = ''.join(_table(t.rows) for t in report.tables()), ''.join(f'<h2>{html.escape(k)}</h2>{v}' for k,v in sections.items())
+    scores,body = ''.join(t._repr_html_() for t in report.tables()), ''.join(f'<h2>{html.escape(k)}</h2>{v}' for k,v in sections.items())
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>semisup_seg report</title>{STYLE}</head>'
         f'<body><h1>What was gained</h1><p class="verdict">{html.escape(report.verdict())}</p>{scores}<p>{note}</p>{body}</body></html>')
 
@@ -251,7 +234,7 @@ def _sections(report, cases, histories, ann, codes):
     res,settings = {f'Cases from the {"test" if report.split=="test" else "validation"} set': cases}, report.settings or {}
     if histories: res['Training'] = _img(curves(histories), 'training curves')
     if ann and report.pseudo['images']: res['Pseudo-labels, the least and the most trusted'] = _pseudo(ann, codes, report.pseudo)
-    if settings.get('training'): res['Time and steps'] = _table(_times(settings['training']).rows)
+    if settings.get('training'): res['Time and steps'] = _times(settings['training'])._repr_html_()
     if settings: res['Run'] = f'<pre>{html.escape(json.dumps(settings, indent=1, default=str))}</pre>'
     return res
 

@@ -1,11 +1,13 @@
 "Images and masks in every form they come in, and every fault of a data set folder"
+import re
+
 import numpy as np, pytest
 from conftest import make_discs, save, tree
 from PIL import Image
 
 import semisup_seg.core as C
-from semisup_seg.core import IGNORE, Codes, DatasetError, atomic, bar, check_dataset, image_files, load_image, load_mask, overlay, parse_codes, pick
-from semisup_seg.core import read_codes, split_files, unlabeled_files
+from semisup_seg.core import IGNORE, PALETTE, Codes, DatasetError, Shown, Table, atomic, bar, check_dataset, image_files, load_image, load_mask
+from semisup_seg.core import overlay, parse_codes, pick, read_codes, split_files, unlabeled_files
 
 rng = np.random.default_rng(0)
 GREY = np.uint8(rng.integers(0, 256, (12, 17)))
@@ -202,6 +204,19 @@ def test_check_ignores_hidden_files_and_the_systems_own(discs):
     assert check_dataset(discs).counts==dict(train=4, valid=2, test=2, unlabeled=5)
     assert [f.name for f in image_files(discs/'Images/train')]==[f'train{i}.png' for i in range(4)]
 
+def test_check_names_what_a_run_will_miss(tmp_path, discs):
+    assert check_dataset(discs).unusual()==[]
+    root = make_discs(tmp_path/'e', test=0, unlabeled=0)
+    (root/'codes.txt').write_text('rest,0\ndisc,255\n<scar>,7\n')
+    s = check_dataset(root)
+    assert s.unusual()[:2]==['No pixel of <scar> in train.', 'No pixel of <scar> in valid.'] and [o[:9] for o in s.unusual()[2:]]==['No test s', 'No unlabe']
+    for o in s.unusual(): assert o in str(s) and o in s._repr_markdown_() and o.replace('<', '&lt;').replace('>', '&gt;') in s._repr_html_()
+
+def test_check_in_a_notebook_has_counts_and_colours(discs):
+    text = check_dataset(discs)._repr_html_()
+    assert '#%02x%02x%02x' % tuple(PALETTE[1]) in text and text.count('<tr>')==5 and '64×40 (1)' in text
+    assert re.search('<td style="text-align:left[^>]*>train</td><td style="text-align:right[^>]*>4</td>', text)
+
 def test_check_without_test_and_unlabeled(tmp_path):
     root = make_discs(tmp_path/'d', test=0, unlabeled=0)
     assert check_dataset(root).counts==dict(train=4, valid=2)
@@ -289,3 +304,36 @@ def test_bar_shows_the_rate(monkeypatch, capsys):
     assert 'images a second' in capsys.readouterr().out
     monkeypatch.setattr(C, 'on_screen', lambda: False)
     assert list(bar(iter('abc'), 3, 'images'))==['a', 'b', 'c'] and capsys.readouterr().out==''
+
+# --- tables in a notebook
+
+def sides(table):
+    "Where each column of `table` stands, by its first line of values"
+    return re.findall('<td style="text-align:(left|right)', table._repr_html_().split('<tr>')[2])
+
+@pytest.mark.parametrize('values,side', [
+    ((1, 20), 'right'), ((0.5, '–'), 'right'), (('', '+0.020 [-0.010, +0.050]'), 'right'), (('9.4%', '12 %'), 'right'), (('1.31 G', '491,954'), 'right'),
+    (('a', 1), 'left'), (('64×96', '9'), 'left'), (('better', 'worse'), 'left'), (('1.png', '2.png'), 'left'), (('1–3', '4'), 'left')])
+def test_numbers_stand_right(values, side): assert sides(Table([['x'], *([v] for v in values)]))==[side]
+
+def test_table_escapes_all_but_links():
+    text = Table([['<b>', 'a|b'], ['<img src=x onerror=alert(1)>', '[paper](https://doi.org/10.1) & [x](javascript:alert)']])._repr_html_()
+    assert not re.search('<(b|img|script)', text) and '&lt;img' in text and '<a href="https://doi.org/10.1">paper</a> &amp; [x](javascript:alert)' in text
+    assert '"x' not in Table([['u'], ['[a](https://b"x)']])._repr_html_()
+
+def test_table_without_rows():
+    t = Table([['name', 'value']])
+    assert t._repr_html_().count('<th')==2 and '<td' not in t._repr_html_() and str(t)=='name  value'
+
+def test_bars_do_not_break_a_markdown_table(): assert Table([['a|b'], ['c']])._repr_markdown_()=='| a\\|b |\n| --- |\n| c |'
+
+def test_shown_is_its_parts_in_all_three_ways():
+    class Two(Shown):
+        def parts(self): return [Table([['a'], [1]]), '1 < 2']
+    assert repr(Two())=='a\n1\n\n1 < 2' and Two()._repr_markdown_()=='| a |\n| --- |\n| 1 |\n\n1 < 2'
+    assert '>1</td>' in Two()._repr_html_() and '1 &lt; 2' in Two()._repr_html_()
+
+def test_codes_show_each_class_in_its_colour():
+    many = Codes(tuple(f'c<{i}' for i in range(12)), tuple((i, i+100) for i in range(12)))._repr_html_()
+    for i in range(12): assert f'c&lt;{i}</td>' in many and f'>{i}, {i+100}</td>' in many
+    for i,c in enumerate(PALETTE[1:]): assert many.count('#%02x%02x%02x' % tuple(c))==1 + (i+8<12)

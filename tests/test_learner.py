@@ -3,8 +3,8 @@ import json, os, signal, subprocess, sys, tempfile, time
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np, pytest, torch
-from conftest import NET, ROOT, SIZE, Touch, make_model, save, tree
+import matplotlib.pyplot as plt, numpy as np, pytest, torch
+from conftest import NET, ROOT, SIZE, Touch, make_discs, make_model, save, tree
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import EarlyStoppingCallback
@@ -493,3 +493,52 @@ def test_to_mask_interpolates_before_it_decides():
     p = torch.tensor([[[0.9, 0.2]], [[0.1, 0.8]]])
     mask,conf = to_mask(p, (1, 8))
     assert mask.tolist()==[[0, 0, 0, 0, 1, 1, 1, 1]] and conf.min()>=0.5 and conf.max()<=0.9+1e-6
+
+# --- what fastai offers
+
+def drawn(learn, **kw):
+    "Titles, and colours of the masks, of what `show_results` draws"
+    plt.close('all')
+    learn.show_results(**kw)
+    axs = [a for a in plt.gcf().axes if a.images]
+    res = [a.get_title() for a in axs], [len(a.images) for a in axs], [im.get_cmap().name for a in axs for im in a.images[1:]]
+    plt.close('all')
+    return res
+
+@pytest.mark.parametrize('codes', ['rest,0\ndisc,255', 'rest,0\ndisc,255\nother,9'])
+def test_results_are_image_truth_prediction(tmp_path, codes):
+    root = make_discs(tmp_path/'d', valid=5)
+    (root/'codes.txt').write_text(codes)
+    learn = seg_learner(seg_dls(root, SIZE, bs=5), *NET)
+    names = ['image', 'truth', 'prediction']
+    assert drawn(learn, max_n=2)==(names + ['']*3, [1, 2, 2]*2, ['semisup_seg']*4)
+    assert drawn(learn)==(names*2 + ['']*9, [1, 2, 2]*5, ['semisup_seg']*10)
+    assert drawn(learn, ncols=1, figsize=(2, 2))[0]==names + ['']*12
+    assert drawn(learn, ds_idx=2, max_n=1)[0]==names
+
+def test_results_show_the_prediction(learn, trained_discs):
+    learn.model.eval()
+    b = learn.dls.valid.one_batch()
+    pred = learn.get_preds(dl=[b], with_decoded=True)[2]
+    axs = list(plt.subplots(2, 3)[1].flat)
+    learn.dls.valid.show_results(b, pred, ctxs=axs)
+    for i in range(2):
+        for ax,mask in zip(axs[3*i+1:], (b[1][i], pred[i])): assert np.array_equal(np.ma.filled(ax.images[1].get_array(), 0), np.where(mask==IGNORE, 0, mask))
+        assert np.allclose(axs[3*i].images[0].get_array()/255, b[0][i].permute(1, 2, 0), atol=0.01)
+    plt.close('all')
+
+def test_results_of_a_training_with_pseudo_labels(trained_discs, tmp_path):
+    pseudo = {f: save(tmp_path/f'{f.stem}.png', np.full(load_image(f).shape[:2], 255, np.uint8)) for f in unlabeled_files(trained_discs)[:3]}
+    learn = seg_learner(seg_dls(trained_discs, SIZE, bs=7, pseudo=pseudo), *NET)
+    assert drawn(learn, ds_idx=0)[1]==[1, 2, 2]*7
+    learn.dls.show_batch()
+    learn.show_training_loop()
+    plt.close('all')
+
+def test_fastais_own_predictions_are_ours(learn, trained_discs):
+    (f,_),*_ = split_files(trained_discs, 'valid')
+    mask,_,probs = learn.predict(f)
+    preds,truth = learn.get_preds()
+    assert tuple(mask.shape)==SIZE and tuple(probs.shape)==(2, *SIZE) and torch.allclose(probs.sum(0), torch.ones(SIZE), atol=1e-4)
+    assert torch.equal(probs.argmax(0), torch.as_tensor(mask).long()) and tuple(preds.shape)==(2, 2, *SIZE) and tuple(truth.shape)==(2, *SIZE)
+    assert torch.allclose(preds[0], probs, atol=1e-4)

@@ -1,5 +1,5 @@
 "The package that users install: what it holds, and what it says of itself."
-import shutil, subprocess, sys
+import builtins, importlib, shutil, subprocess, sys
 from configparser import ConfigParser
 from email.parser import BytesParser
 from pathlib import Path
@@ -63,3 +63,28 @@ def test_one_version(): assert semisup_seg.__version__==cfg['version']
 def test_import_is_light():
     code = 'import sys, semisup_seg; print([m for m in ("torch", "fastai", "matplotlib") if m in sys.modules])'
     assert subprocess.check_output([sys.executable, '-c', code], text=True, cwd=root).strip()=='[]'
+
+# --- one import
+
+# Chapters whose names nobody calls after the one import: networks are built by name, the command is for a terminal.
+APART = {'cli', 'windows', *(f'models.{n}' for n in ('cgnet', 'denseaspp', 'fpenet', 'hrnet', 'lednet', 'ocnet', 'smp'))}
+
+def chapters():
+    "The exported modules by name"
+    files = [p for p in (root/'semisup_seg').rglob('*.py') if p.name[0]!='_' and p.name!='all.py']
+    names = ['.'.join(p.relative_to(root/'semisup_seg').with_suffix('').parts) for p in files]
+    return [importlib.import_module(f'semisup_seg.{n}') for n in names if n not in APART]
+
+def test_one_import_is_a_tidy_list():
+    from semisup_seg import all as one
+    here = {}
+    exec('from semisup_seg.all import *', here)
+    assert one.__all__==sorted({*here} - {'__builtins__'})==[n for n in dir(one) if n[0]!='_']
+    assert not {*one.__all__} & {*dir(builtins)}
+    strangers = [n for n in one.__all__ if not any(n in m.__all__ and getattr(m, n) is getattr(one, n) for m in chapters())]
+    assert not strangers, f'public in no chapter: {strangers}'
+
+def test_one_import_forgets_no_chapter():
+    from semisup_seg.all import __all__ as here
+    forgotten = [m.__name__ for m in chapters() if not {*m.__all__} & {*here}]
+    assert not forgotten, f'not in semisup_seg/all.py: {forgotten}'

@@ -1,5 +1,6 @@
 "Numbers with intervals, verdicts that say no more than they allow, and one page that needs nothing else"
 import html, json, re, shutil
+from pathlib import Path
 
 import numpy as np, pytest
 from conftest import make_discs, make_model, photo, save, tree
@@ -138,6 +139,7 @@ def test_table_has_a_row_for_each_model():
     assert t.rows[0]==['', 'dice', 'jaccard'] and [r[0] for r in t.rows[1:]]==['one', 'two', 'vote (1 images)', 'target', 'gain over two']
     assert [r[1][:7] for r in t.rows[1:]]==['0.500 [', '0.200 [', '0.200 [', '0.600 [', '+0.400 ']
     assert str(t) in str(rep) and rep.verdict() in str(rep) and t._repr_markdown_() in rep._repr_markdown_()
+    assert t._repr_html_() in rep._repr_html_() and html.escape(rep.verdict()) in rep._repr_html_()
 
 def test_no_gain_row_with_nothing_to_compare(): assert [r[0] for r in Report('test', dict(a=rows([0.4]), target=rows([0.5]))).tables()[0].rows]==['', 'a', 'target']
 
@@ -217,7 +219,7 @@ def test_no_pseudo_label_could_be_made(trained_discs, tiny, tmp_path):
     assert rep.pseudo==dict(images=0, used=0, checked=0, checked_dice=None) and 'Pseudo-labels' not in rep.page
 
 def test_page_tells_time_and_steps(page):
-    cells = [re.findall('<td>(.*?)</td>', r) for r in re.findall('<tr>(.*?)</tr>', page[0].partition('Time and steps')[2])]
+    cells = [re.findall('<td [^>]*>(.*?)</td>', r) for r in re.findall('<tr>(.*?)</tr>', page[0].partition('Time and steps')[2])]
     assert cells[1:]==[['teacher 1', '40', '4', '7.5'], ['annotations', '–', '–', '2'], ['target', '50', '–', '8.25'], ['in all', '–', '–', '17.8']]
 
 def test_page_of_a_target_alone(trained_discs, tiny, tmp_path):
@@ -244,6 +246,59 @@ def test_report_comes_back(page):
     rep,back = page[1], read_report(page[4])
     assert (back.split, back.against, list(back.scores), back.settings)==(rep.split, rep.against, list(rep.scores), rep.settings)
     assert back.verdict()==rep.verdict()
+
+def test_a_result_shows_its_report_and_where_it_lies(page):
+    from semisup_seg.distill import Result
+    res = Result(None, page[1], None, page[4])
+    for shown in (str(res), res._repr_markdown_(), html.unescape(res._repr_html_())): assert page[1].verdict() in shown and str(page[4]/'report.html') in shown
+    assert page[1]._repr_html_() in res._repr_html_() and '<i>' not in res._repr_html_() and 'teacher 1 &lt;i&gt;' in res._repr_html_()
+
+# --- annotations
+
+def noted(out, n, size=(300, 400), values=(0, 7, 255)):
+    "`n` annotations of noise, the worst there is to compress, each of another agreement"
+    rng,res = np.random.default_rng(0), []
+    for i in range(n):
+        f = save(out/f'in/{i}<b>.png', np.uint8(rng.integers(0, 256, (*size, 3))))
+        save(out/f'annotations/{i}.png', np.uint8(values)[rng.integers(0, len(values), size)])
+        res.append(dict(image=str(f), mask=f'annotations/{i}.png', confidence=0.9, entropy=0.1, agreement=(7*i%n+1)/(n+1), predicted_dice=None, used=i!=1, error=''))
+    return Annotations(out, res, [])
+
+def test_annotations_show_the_ends_small_and_escaped(tmp_path):
+    ann = noted(tmp_path, 9)
+    text,p = ann._repr_html_(), Page(ann._repr_html_())
+    assert len(text)<60_000 and p.tags.count('img')==6 and all(r.startswith('data:image/jpeg') for r in p.refs) and 'b' not in p.tags
+    want = [f'{Path(r["image"]).name}{r["confidence"]:.3f}{r["agreement"]:.3f}{"yes" if r["used"] else "no"}' for r in [*ann.ranked()[:3], *ann.ranked()[-3:]]]
+    assert re.findall('(?:least|most) trusted(.*?(?:yes|no))', p.text)==want and p.text.replace('\xa0', ' ').endswith('pixel values: □ 0 ■ 7 ■ 255')
+
+@pytest.mark.parametrize('n', [1, 2, 3, 5, 6])
+def test_each_annotation_is_shown_once(tmp_path, n):
+    said = Page(noted(tmp_path, n, (20, 30))._repr_html_()).text
+    assert [said.count(f'{i}<b>.png') for i in range(n)]==[1]*n and (said.count('least trusted'), said.count('most trusted'))==(-(-n//2), n//2)
+
+def test_pictures_that_are_gone_are_told(tmp_path):
+    ann = noted(tmp_path, 4, (20, 30))
+    Path(ann.rows[0]['image']).unlink()
+    (tmp_path/'annotations/1.png').unlink()
+    (tmp_path/'annotations/2.png').write_bytes(b'no picture')
+    save(tmp_path/'annotations/3.png', np.zeros((9, 9), np.uint8))
+    p = Page(ann._repr_html_())
+    for o in ('0<b>.png: no such file', '1.png: no such file', '2.png: cannot be read as an image', 'image and mask differ in size'): assert o in p.text
+    assert 'img' not in p.tags and str(tmp_path/'in') not in p.text
+    shutil.rmtree(tmp_path/'annotations')
+    assert Page(ann._repr_html_()).text.count('no such file')==4
+
+def test_no_annotation_says_so(tmp_path):
+    unread = dict(image='<u>.png', mask='', confidence=None, entropy=None, agreement=None, predicted_dice=None, used=False, error='')
+    for rows,said in (([], '0 annotations'), ([unread], '1 could not be read: <u>.png')):
+        p = Page(Annotations(tmp_path, rows, [])._repr_html_())
+        assert said in p.text and 'There is no mask to show' in p.text and 'u' not in p.tags
+
+def test_sixteen_bit_masks_are_shown(tmp_path):
+    ann = noted(tmp_path, 2, (20, 30))
+    for r in ann.rows: save(tmp_path/r['mask'], np.full((20, 30), 4095, np.uint16))
+    p = Page(ann._repr_html_())
+    assert p.tags.count('img')==2 and '4095' in p.text
 
 # --- the vote
 
@@ -335,7 +390,8 @@ def test_comparison_tells_how_the_runs_were_made(finished):
     c = compare_runs(finished('a', [0.5, 0.7]), finished('b', [0.5, 0.7], bases=[], views=[], recipe=None, training={}))
     assert c.tables[0].rows[1][4:]==['50', '15.5'] and c.tables[0].rows[2][4:]==['–', '–']
     assert [r[1:] for r in c.tables[1].rows[1:]]==[['U-Net / resnet18, CGNet → MANet / resnet18', 'H Flip, Gamma', 'soft', '64×96', '5'], ['no teacher → MANet / resnet18', '–', '–', '64×96', '5']]
-    for t in c.tables: assert str(t) in str(c) and t._repr_markdown_() in c._repr_markdown_()
+    for t in c.tables: assert str(t) in str(c) and t._repr_markdown_() in c._repr_markdown_() and t._repr_html_() in c._repr_html_()
+    assert 'not over seeds' in c._repr_html_()
 
 def test_reports_without_settings_are_compared(tmp_path):
     for n in 'ab': save_report(Report('test', dict(target=rows([0.5, 0.7])), page=''), tmp_path/n)
