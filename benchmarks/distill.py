@@ -18,7 +18,7 @@ from semisup_seg.report import _scores as score_mask, score_images
 import numpy as np
 from fastai.torch_core import set_seed
 from fastai.callback.core import Callback
-from splits import SETS, TABLE, lay_out, splits
+from splits import SETS, TABLE, lay_out, splits, spread
 
 NETWORKS = {'U-Net': ('U-Net', 'tf_efficientnet_lite0'), 'CGNet': ('CGNet', None)}
 VIEWS = dict(kvasir_seg_256=['H Flip', 'V Flip', 'H+V Flip'], busi_320=['H Flip'], covid_ct_256=['H Flip'])  # chosen on the validation images, see --views
@@ -45,14 +45,15 @@ class Bench:
     "All trainings on one set with one number of labels and one network"
     def __init__(self, o, name, labels, network):
         self.o,self.name,self.labels,self.network,self.size = o,name,labels,network,(o.size, o.size)
-        self.path,self.whole = (lay_out(o.data/name, o.work/f'{name}-{n}', n, o.splits) for n in (labels, None))
+        self.key,deal = (f'{name}, spread', spread) if o.spread else (name, splits)
+        self.path,self.whole = (lay_out(o.data/name, o.work/f'{self.key}-{n}', n, o.splits, deal) for n in (labels, None))
         self.every = len(split_files(self.whole, 'train'))//o.bs  # steps an epoch in every arm: one look at all images
         self.epochs = round(o.steps/self.every)
-        self.out = o.work/f'{name}-{labels}-{network}-{o.size}-{o.bs}-{self.epochs*self.every}'
+        self.out = o.work/f'{self.key}-{labels}-{network}-{o.size}-{o.bs}-{self.epochs*self.every}'
 
     def others(self, arm):
-        "Labelled images that no training of this setting knew as such, on which recipes are compared; none for the ceiling and for 120 labels"
-        if arm=='ceiling' or self.labels!=60: return []
+        "Labelled images that no training of this setting knew as such, on which recipes are compared; none for the ceiling, for 120 labels and for labels that are spread"
+        if arm=='ceiling' or self.labels!=60 or self.o.spread: return []
         names = [Path(k) for k,v in splits(self.o.data/self.name, self.o.splits).items() if v=='more']
         return [(self.o.data/self.name/'images'/n, self.o.data/self.name/f'masks/{n.stem}.png') for n in names]
 
@@ -94,14 +95,14 @@ class Bench:
         save_model(learn, self.model(arm, seed))
         judges = split_files(self.path, 'valid'), self.others(arm), split_files(self.path, 'test')
         valid,dev,test = ([r['dice'] for r in score_images(learn, pairs, o.bs)] for pairs in judges)
-        return dict(set=self.name, labels=self.labels, network=self.network, arm=arm, seed=seed, size=o.size, bs=o.bs,
+        return dict(set=self.key, labels=self.labels, network=self.network, arm=arm, seed=seed, size=o.size, bs=o.bs,
             steps=self.epochs*len(dls.train), seconds=round(time.time()-start), valid=f'{np.nanmean(valid):.4f}',
             dev=f'{np.nanmean(dev):.4f}' if dev else '', test=f'{np.nanmean(test):.4f}', pseudo=f'{self.truth(ann):.4f}' if ann else '', each=' '.join(f'{s:.3f}' for s in test))
 
     def views(self):
         "Rows of how the teachers do on the validation images with each flip beside the image, and with all"
         teachers,pairs,flips = [self.model('supervised', s) for s in TEACHERS], split_files(self.path, 'valid'), ['H Flip', 'V Flip', 'H+V Flip']
-        return [dict(set=self.name, views=', '.join(v), **{f'teacher {s}': f'{d:.4f}' for s,d in zip(TEACHERS, validation_dice(teachers, pairs, self.o.bs, v))}) for v in ([], *([f] for f in flips), flips)]
+        return [dict(set=self.key, views=', '.join(v), **{f'teacher {s}': f'{d:.4f}' for s,d in zip(TEACHERS, validation_dice(teachers, pairs, self.o.bs, v))}) for v in ([], *([f] for f in flips), flips)]
 
 def write_rows(file, rows, columns):
     with atomic(file) as f, f.open('w', newline='', encoding='utf-8') as fh:
@@ -122,6 +123,7 @@ def main():
     p.add_argument('--splits', type=Path, default=TABLE, help='which image tests, trains, validates; a set that it does not know is added')
     p.add_argument('--sets', nargs='+', default=SETS, choices=SETS)
     p.add_argument('--labels', type=int, default=60, choices=(60, 120))
+    p.add_argument('--spread', action='store_true', help='take the labels evenly from all groups, a few slices of each scan, rather than whole groups')
     p.add_argument('--network', default='U-Net', choices=NETWORKS)
     p.add_argument('--arms', nargs='+', default=list(MAIN), choices=[*MAIN, *ABLATION])
     p.add_argument('--seeds', nargs='+', type=int, default=TEACHERS, help='of the trainings; those of the teachers that vote together are always 0, 1 and 2')
@@ -140,7 +142,7 @@ def main():
         bench = Bench(o, name, o.labels, o.network)
         for arm in o.arms:
             for seed in o.seeds:
-                key = [name, str(o.labels), o.network, arm, str(seed)]
+                key = [bench.key, str(o.labels), o.network, arm, str(seed)]
                 if any(map(same(key), read_rows(o.out))) and (arm!='supervised' or bench.model(arm, seed).exists()): continue
                 print(*key, flush=True)
                 row = bench.train(arm, seed)

@@ -30,12 +30,19 @@ def splits(source, table=TABLE):
         w.writerows(rows + [dict(set=source.name, image=k, split=v) for k,v in new.items()])
     return new
 
-def lay_out(source, dest, labels=60, table=TABLE):
+def spread(source, table=TABLE):
+    "As `splits`, but the 60 labels are taken evenly from all groups that neither test nor validate"
+    group = {r['image']: r['group'] for r in csv.DictReader((source/'groups.csv').open(encoding='utf-8'))}
+    kept = {n: s for n,s in splits(source, table).items() if s in ('test', 'valid')}
+    rest = sorted((n for n in splits(source, table) if n not in kept), key=lambda n: (group[n], n))
+    return {**dict.fromkeys(rest, 'unlabeled'), **{rest[i*len(rest)//60]: 'train' for i in range(60)}, **kept}
+
+def lay_out(source, dest, labels=60, table=TABLE, deal=splits):
     "Copy a set into the project's layout with 60 or 120 `labels`, or, with labels=None, all but the test and validation images labelled"
     if dest.exists(): return dest
     new,where = dest.with_name(f'{dest.name}.new'), dict(test='test', valid='valid', train='train')
     where.update({None: dict(more='train', unlabeled='train'), 120: dict(more='train'), 60: {}}[labels])
-    for name,split in splits(source, table).items():
+    for name,split in deal(source, table).items():
         split = where.get(split)
         pairs = ((f'images/{name}', f'Images/{split}'), (f'masks/{Path(name).stem}.png', f'Labels/{split}')) if split else ((f'images/{name}', 'unlabeled_images'),)
         for src,dst in pairs:

@@ -91,6 +91,13 @@ def test_layout_of_a_split(splits, three_sets, tmp_path, labels, train, rest):
     path = splits.lay_out(three_sets/'busi_320', tmp_path/'set', labels, tmp_path/'t.csv')
     assert [len(list((path/d).glob('*'))) for d in ('Images/train', 'Labels/train', 'Images/test', 'Labels/valid', 'unlabeled_images')]==[train, train, 40, 20, rest]
 
+def test_labels_are_spread_over_groups(splits, three_sets, tmp_path):
+    strict,where = (f(three_sets/'busi_320', tmp_path/'t.csv') for f in (splits.splits, splits.spread))
+    for k in ('test', 'valid'): assert {n for n,s in where.items() if s==k}=={n for n,s in strict.items() if s==k}
+    assert set(where)==set(strict) and sorted(where.values()).count('train')==60 and set(where.values())=={'test', 'valid', 'train', 'unlabeled'}
+    groups = lambda d: {int(n[:3])//2 for n,s in d.items() if s=='train'}
+    assert len(groups(strict))==30 and len(groups(where))==60
+
 def test_committed_splits_are_those_of_the_annotation(splits):
     rows = read(splits.TABLE)
     for r in FOUND['doubt']: assert sum(o['set']==r['set'] and o['split']=='test' for o in rows)>=r['images']
