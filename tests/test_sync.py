@@ -45,7 +45,7 @@ def code_cells(path): return [c for c in json.loads(path.read_text(encoding='utf
 
 def displays(src):
     "Whether the cell `src` is one that ends in a value or in a `print`"
-    if re.search(r'^(#\|\s*(export|hide|slow|colab|eval)|[!%])', src, re.M) or src.rstrip().endswith(';'): return False
+    if re.search(r'^(#\|\s*(export|hide|slow|colab|eval)|[ \t]*[!%])', src, re.M) or src.rstrip().endswith(';'): return False
     last = (ast.parse(src).body or [None])[-1]
     if not isinstance(last, ast.Expr): return False
     called = isinstance(last.value, ast.Call) and getattr(last.value.func, 'id', '')=='print'
