@@ -7,7 +7,7 @@ part ?= 2
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs readme outputs prepare hooks bump clean
+.PHONY: help demo test notebooks pytests docs readme outputs prepare hooks bump clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -18,7 +18,13 @@ demo: .venv/demo ## Train on the embedded brain sample: a table, and a report to
 test: .venv/dev ## Check everything: export, style, notebooks, tests
 	$(BIN)/pytest tests/test_sync.py
 	$(BIN)/chkstyle nbs tests .ci
+	$(MAKE) -j2 notebooks pytests
+
+# Side by side, a core each
+notebooks pytests: export OMP_NUM_THREADS = 1
+notebooks: .venv/dev
 	$(BIN)/nbdev-test --n-workers 0
+pytests: .venv/dev
 	$(BIN)/pytest --ignore tests/test_sync.py
 
 docs: .venv/dev ## Build the website into _docs
