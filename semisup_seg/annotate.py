@@ -146,9 +146,9 @@ class _Journal:
         old,rows = _read_journal(out)
         tables = read_annotations(out).rows if (out/'annotations.csv').is_file() else []
         self._refuse_others({Path(n).stem for n in [*old['names'], *(r['mask'] for r in tables)]})
-        used = {r['image']: r['used'] for r in tables}
+        said = {r['image']: {k: r[k] for k in ('used', 'judgement')} for r in tables}
         for r in rows if old['asked']==asked else []:
-            if self._still_true(r): self.rows[r['image'], r.get('label')] = dict(r, used=used.get(r['image'], r['used']))
+            if self._still_true(r): self.rows[r['image'], r.get('label')] = dict(judgement='') | r | said.get(r['image'], {})
         own = sorted({*old['names'], *names.values(), *(Path(r['mask']).name for r in tables if r['mask'])})
         with atomic(self.file) as f: f.write_text('\n'.join(json.dumps(o) for o in [dict(asked=asked, names=own), *self.rows.values()])+'\n', encoding='utf-8')
         for name in ('annotations.csv', 'calibration.csv'): (out/name).unlink(missing_ok=True)
@@ -277,7 +277,7 @@ class _Writer:
     soft:bool        # Also write the probabilities
 
     def __call__(self, h):
-        row = dict(image=str(h.file), label=h.label and str(h.label), mask='', confidence=None, entropy=None, agreement=None, used=False, error=h.error,
+        row = dict(image=str(h.file), label=h.label and str(h.label), mask='', confidence=None, entropy=None, agreement=None, used=False, judgement='', error=h.error,
             stamp=_stamp(h.file, h.label))
         if h.error: return dict(row, dice=None)
         mask,conf = h.mask(self.window)

@@ -93,7 +93,7 @@ class Run:
         with atomic(self.file) as f: f.write_text(json.dumps(self.record, indent=1), encoding='utf-8')
 
 # %% ../nbs/40_distill.ipynb #4320c360
-OUTPUTS = 'annotations', 'annotations.csv', 'calibration.csv', 'soft', 'vote', 'round1', 'report.json', 'report.html', 'run.json'
+OUTPUTS = 'annotations', 'annotations.csv', 'calibration.csv', 'confidence', 'soft', 'vote', 'round1', 'report.json', 'report.html', 'run.json'
 
 def _read_run(file):
     "The record in `file`, None if there is none; a `ValueError` if it cannot be read"
@@ -233,7 +233,7 @@ def _study(run, target, recipe, voters, views, schedule, **kw):
         here,pieces = out if i==rounds-1 else out/f'round{i+1}', get_recipe(recipe)
         file = model_file(here, 'target', target)
         ann = _label(run, here, voters, unlabeled_files(kw['path']), views, kw['size'], kw['bs'], valid=split_files(kw['path'], 'valid'),
-            soft=_mix(pieces) is not None) if voters else None
+            confidence=True, soft=_mix(pieces) is not None) if voters else None
         _train(run, file, schedule, pieces if voters else (), pair=target, ann=ann, **kw)
         shutil.rmtree(here/'soft', ignore_errors=True)
         voters = [file]
