@@ -78,26 +78,33 @@ class Bench:
         codes = read_codes(self.path)
         return np.nanmean([score_mask(load_mask(m, codes), load_mask(t, codes), codes.names)['dice'] for m,t in pairs])
 
-    def train(self, arm, seed):
-        "Train one arm; its row"
+    def teach(self, path, file, seed, pieces=(), ann=None):
+        "Train on the labels in `path` and on `ann`, save as `file`; what it cost and the scores, one by one on the test images"
         o = self.o
-        pieces = get_recipe(ABLATION[arm] if arm in ABLATION else MAIN[arm][1] if MAIN[arm] else [])
-        ann = self.pseudo(arm, seed, pieces) if arm in ABLATION or MAIN[arm] else None
         mix = next((p for p in pieces if isinstance(p, Mix)), None)
         set_seed(seed + (1000 if ann else 0), reproducible=True)
         n,k = mix.split(o.bs) if mix else (o.bs, 0)
-        dls = seg_dls(self.whole if arm=='ceiling' else self.path, self.size, n, pseudo=ann.pairs if ann and not mix else None, epoch_len=self.every*n)
+        dls = seg_dls(path, self.size, n, pseudo=ann.pairs if ann and not mix else None, epoch_len=self.every*n)
         if mix: mix.loader = pseudo_loader(ann, self.size, k)
         learn = seg_learner(dls, *NETWORKS[self.network], pretrained=self.network=='U-Net')
         learn.add_cbs(p for p in pieces if isinstance(p, Callback))
         start = time.time()
         fit(learn, self.epochs, 0, o.lr)
-        save_model(learn, self.model(arm, seed))
-        judges = split_files(self.path, 'valid'), self.others(arm), split_files(self.path, 'test')
-        valid,dev,test = ([r['dice'] for r in score_images(learn, pairs, o.bs)] for pairs in judges)
-        return dict(set=self.key, labels=self.labels, network=self.network, arm=arm, seed=seed, size=o.size, bs=o.bs,
-            steps=self.epochs*len(dls.train), seconds=round(time.time()-start), valid=f'{np.nanmean(valid):.4f}',
-            dev=f'{np.nanmean(dev):.4f}' if dev else '', test=f'{np.nanmean(test):.4f}', pseudo=f'{self.truth(ann):.4f}' if ann else '', each=' '.join(f'{s:.3f}' for s in test))
+        save_model(learn, file)
+        seconds = round(time.time()-start)
+        valid,test = (self.scores(learn, split_files(self.path, s)) for s in ('valid', 'test'))
+        return learn, dict(steps=self.epochs*len(dls.train), seconds=seconds, valid=f'{np.nanmean(valid):.4f}', test=f'{np.nanmean(test):.4f}', each=' '.join(f'{s:.3f}' for s in test))
+
+    def scores(self, learn, pairs): return [r['dice'] for r in score_images(learn, pairs, self.o.bs)]
+
+    def train(self, arm, seed):
+        "Train one arm; its row"
+        pieces = get_recipe(ABLATION[arm] if arm in ABLATION else MAIN[arm][1] if MAIN[arm] else [])
+        ann = self.pseudo(arm, seed, pieces) if arm in ABLATION or MAIN[arm] else None
+        learn,row = self.teach(self.whole if arm=='ceiling' else self.path, self.model(arm, seed), seed, pieces, ann)
+        dev = self.scores(learn, self.others(arm))
+        return dict(set=self.key, labels=self.labels, network=self.network, arm=arm, seed=seed, size=self.o.size, bs=self.o.bs, **row,
+            dev=f'{np.nanmean(dev):.4f}' if dev else '', pseudo=f'{self.truth(ann):.4f}' if ann else '')
 
     def views(self):
         "Rows of how the teachers do on the validation images with each flip beside the image, and with all"
@@ -112,29 +119,46 @@ def write_rows(file, rows, columns):
 
 def read_rows(file): return list(csv.DictReader(file.open(encoding='utf-8'))) if file.exists() else []
 
-def same(key): return lambda row: [row[k] for k in COLUMNS[:5]]==key
+def same(key): return lambda row: all(row[k]==v for k,v in key.items())
 
-def main():
-    "Train what has no row yet"
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def have(file, key): return any(map(same(key), read_rows(file)))
+
+def put(file, key, row, columns):
+    "Write `row` in the place of the one with this key; the file is read again, since other processes write too"
+    print({k: v for k,v in row.items() if k!='each'}, flush=True)
+    write_rows(file, [*(r for r in read_rows(file) if not same(key)(r)), row], columns)
+
+def options(doc, out):
+    "The arguments that the benchmarks of this folder share, and those of one training"
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data', type=Path, required=True, help='folder of the three sets')
     p.add_argument('--work', type=Path, default=Path(tempfile.gettempdir())/'semisup_seg_bench', help='where splits, models and pseudo-labels are kept')
-    p.add_argument('--out', type=Path, default=Path(__file__).parent.parent/'nbs/results/distill.csv')
+    p.add_argument('--out', type=Path, default=Path(__file__).parent.parent/f'nbs/results/{out}')
     p.add_argument('--splits', type=Path, default=TABLE, help='which image tests, trains, validates; a set that it does not know is added')
     p.add_argument('--sets', nargs='+', default=SETS, choices=SETS)
-    p.add_argument('--labels', type=int, default=60, choices=(60, 120))
-    p.add_argument('--spread', action='store_true', help='take the labels evenly from all groups, a few slices of each scan, rather than whole groups')
-    p.add_argument('--network', default='U-Net', choices=NETWORKS)
-    p.add_argument('--arms', nargs='+', default=list(MAIN), choices=[*MAIN, *ABLATION])
     p.add_argument('--seeds', nargs='+', type=int, default=TEACHERS, help='of the trainings; those of the teachers that vote together are always 0, 1 and 2')
-    p.add_argument('--views', action='store_true', help='instead of training, try the flips on the validation images; writes views.csv beside OUT')
     p.add_argument('--size', type=int, default=64)
     p.add_argument('--bs', type=int, default=16)
     p.add_argument('--steps', type=int, default=300, help='about; whole epochs')
     p.add_argument('--lr', type=float, default=2e-3)
+    return p
+
+def parsed(p):
+    "The arguments, once it is sure that the data are there"
     o = p.parse_args()
     if gone := [s for s in o.sets if not (o.data/s/'images').is_dir()]: raise SystemExit(f'{o.data}: has no {", ".join(gone)}')
     o.work.mkdir(parents=True, exist_ok=True)
+    return o
+
+def main():
+    "Train what has no row yet"
+    p = options(__doc__, 'distill.csv')
+    p.add_argument('--labels', type=int, default=60, choices=(60, 120))
+    p.add_argument('--spread', action='store_true', help='take the labels evenly from all groups, a few slices of each scan, rather than whole groups')
+    p.add_argument('--network', default='U-Net', choices=NETWORKS)
+    p.add_argument('--arms', nargs='+', default=list(MAIN), choices=[*MAIN, *ABLATION])
+    p.add_argument('--views', action='store_true', help='instead of training, try the flips on the validation images; writes views.csv beside OUT')
+    o = parsed(p)
     if o.views:
         rows = [r for name in o.sets for r in Bench(o, name, o.labels, o.network).views()]
         return write_rows(o.out.with_name('views.csv'), rows, list(rows[0]))
@@ -142,11 +166,9 @@ def main():
         bench = Bench(o, name, o.labels, o.network)
         for arm in o.arms:
             for seed in o.seeds:
-                key = [bench.key, str(o.labels), o.network, arm, str(seed)]
-                if any(map(same(key), read_rows(o.out))) and (arm!='supervised' or bench.model(arm, seed).exists()): continue
-                print(*key, flush=True)
-                row = bench.train(arm, seed)
-                print({k: v for k,v in row.items() if k!='each'}, flush=True)
-                write_rows(o.out, [*(r for r in read_rows(o.out) if not same(key)(r)), row], COLUMNS)  # read again: other processes write too
+                key = dict(set=bench.key, labels=str(o.labels), network=o.network, arm=arm, seed=str(seed))
+                if have(o.out, key) and (arm!='supervised' or bench.model(arm, seed).exists()): continue
+                print(*key.values(), flush=True)
+                put(o.out, key, bench.train(arm, seed), COLUMNS)
 
 if __name__=='__main__': main()

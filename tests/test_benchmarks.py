@@ -157,3 +157,19 @@ def test_all_teachers_vote_whatever_seeds_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(distill, 'split_files', lambda *a: [])
     three = ['supervised-0', 'supervised-1', 'supervised-2']
     assert [bench.pseudo(arm, 1, []) for arm in ('data', 'model', 'both')]==[(three[1:2], ['H Flip']), (three, []), (three, ['H Flip'])]
+
+def test_labels_to_add_are_measured(three_sets, tmp_path):
+    def go(script, *args):
+        return subprocess.run([sys.executable, ROOT/f'benchmarks/{script}.py', '--data', three_sets, '--work', tmp_path, '--splits', tmp_path/'t.csv', '--sets', 'busi_320',
+            '--size', '32', '--bs', '40', '--steps', '3', '--seeds', '0', *args], capture_output=True, text=True, timeout=200)
+    alone = go('suggest', '--out', tmp_path/'s.csv')
+    assert alone.returncode and 'train the teachers first' in alone.stderr and 'Traceback' not in alone.stderr
+    teacher = go('distill', '--out', tmp_path/'d.csv', '--arms', 'supervised')
+    assert teacher.returncode==0, teacher.stderr
+    for how in (['random', 'suggested'], []):
+        res = go('suggest', '--out', tmp_path/'s.csv', '--more', '10', *(['--how', *how] if how else []))
+        assert res.returncode==0, res.stderr
+    rows = read(tmp_path/'s.csv')
+    assert [r['how'] for r in rows]==['random', 'suggested', 'least trusted'] and "'how'" in res.stdout and res.stdout.count("'how'")==1
+    for r in rows: assert r['more']=='10' and 1<=int(r['groups'])<=10 and r['steps']==read(tmp_path/'d.csv')[0]['steps'] and len(r['each'].split())==40
+    assert not list(tmp_path.glob('*/*/random-0-10')), 'the copied data set is left behind'
