@@ -277,8 +277,8 @@ class _Writer:
     soft:bool        # Also write the probabilities
 
     def __call__(self, h):
-        row = dict(image=str(h.file), label=h.label and str(h.label), mask='', confidence=None, entropy=None, agreement=None, used=False, judgement='', error=h.error,
-            stamp=_stamp(h.file, h.label))
+        row = dict(image=str(h.file), label=h.label and str(h.label), mask='', confidence=None, entropy=None, agreement=None, used=False,
+            judgement='', error=h.error, stamp=_stamp(h.file, h.label))
         if h.error: return dict(row, dice=None)
         mask,conf = h.mask(self.window)
         agree = agreement(torch.stack(h.counts).sum(0).unsqueeze(2))

@@ -39,55 +39,82 @@ def register_view(
 
 # %% ../nbs/30_views.ipynb #6f2f3fa9
 @register_view('H Flip', lambda p, size: p.flip(-1))
-def h_flip(im): return im[:, ::-1]
+def h_flip(im):
+    "Left and right exchanged"
+    return im[:, ::-1]
 
 @register_view('V Flip', lambda p, size: p.flip(-2))
-def v_flip(im): return im[::-1]
+def v_flip(im):
+    "Top and bottom exchanged"
+    return im[::-1]
 
 @register_view('H+V Flip', lambda p, size: p.flip(-2, -1))
-def hv_flip(im): return im[::-1, ::-1]
+def hv_flip(im):
+    "Turned by half a turn"
+    return im[::-1, ::-1]
 
 # %% ../nbs/30_views.ipynb #e2e10f74
 @register_view('Rotate 90', lambda p, size: p.rot90(-1, (-2, -1)))
-def rotate_90(im): return np.rot90(im)
+def rotate_90(im):
+    "A quarter turn against the clock"
+    return np.rot90(im)
 
 @register_view('Rotate 270', lambda p, size: p.rot90(1, (-2, -1)))
-def rotate_270(im): return np.rot90(im, -1)
+def rotate_270(im):
+    "A quarter turn with the clock"
+    return np.rot90(im, -1)
 
 def _resized(p, size): return F.interpolate(p, size, mode='bilinear')
 
 # %% ../nbs/30_views.ipynb #ea70a025
 @register_view('Scale 0.75', _resized)
-def scale_075(im): return cv2.resize(im, None, fx=0.75, fy=0.75, interpolation=cv2.INTER_AREA)
+def scale_075(im):
+    "Seen smaller, at three quarters"
+    return cv2.resize(im, None, fx=0.75, fy=0.75, interpolation=cv2.INTER_AREA)
 
 @register_view('Scale 1.25', _resized)
-def scale_125(im): return cv2.resize(im, None, fx=1.25, fy=1.25)
+def scale_125(im):
+    "Seen larger, at five quarters"
+    return cv2.resize(im, None, fx=1.25, fy=1.25)
 
 # %% ../nbs/30_views.ipynb #a622344d
 @register_view('Blurring')
-def blurring(im): return cv2.blur(im, (5, 5))
+def blurring(im):
+    "Each pixel the mean of 5×5"
+    return cv2.blur(im, (5, 5))
 
 @register_view('Gaussian Blur')
-def gaussian_blur(im): return cv2.GaussianBlur(im, (5, 5), 0)
+def gaussian_blur(im):
+    "The same, near pixels weighing more"
+    return cv2.GaussianBlur(im, (5, 5), 0)
 
 @register_view('Median Blur')
-def median_blur(im): return cv2.medianBlur(im, 5)
+def median_blur(im):
+    "The median of 5×5: specks go, edges stay"
+    return cv2.medianBlur(im, 5)
 
 # %% ../nbs/30_views.ipynb #38bcab67
 @register_view('Bilateral Filter')
-def bilateral_filter(im): return cv2.bilateralFilter(im, 9, 50, 50)
+def bilateral_filter(im):
+    "Smoothed where brightness is alike"
+    return cv2.bilateralFilter(im, 9, 50, 50)
 
 # %% ../nbs/30_views.ipynb #0a4d7db1
 @register_view('Gamma')
-def gamma(im): return cv2.LUT(im, np.uint8(np.round((np.arange(256)/255)**0.7*255)))
+def gamma(im):
+    "Middle tones brighter"
+    return cv2.LUT(im, np.uint8(np.round((np.arange(256)/255)**0.7*255)))
 
 @register_view('Equalize histogram')
 def equalize_histogram(im):
+    "Brightness spread evenly, colours kept"
     y,cr,cb = cv2.split(cv2.cvtColor(im, cv2.COLOR_RGB2YCrCb))
     return cv2.cvtColor(cv2.merge([cv2.equalizeHist(y), cr, cb]), cv2.COLOR_YCrCb2RGB)
 
 @register_view('2D-Filter')
-def filter_2d(im): return cv2.filter2D(im, -1, np.float32([[0, -1, 0], [-1, 5, -1], [0, -1, 0]]))
+def filter_2d(im):
+    "Sharpened"
+    return cv2.filter2D(im, -1, np.float32([[0, -1, 0], [-1, 5, -1], [0, -1, 0]]))
 
 # %% ../nbs/30_views.ipynb #d34117a2
 def get_views(
