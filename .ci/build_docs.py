@@ -30,7 +30,7 @@ class AltTexts(Processor):
 
 def local_links(text, depth):
     "Make the links to the published site in `text` relative, for a page `depth` folders down, and its types plain"
-    text = re.sub(re.escape(get_config().doc_url) + r'(?=[\w./-]+\.(?:html|svg))', '../'*depth, text)
+    text = re.sub(re.escape(get_config().doc_url) + r'(?=[\w./-]+\.(?:html|svg|jpg))', '../'*depth, text)
     return text.replace('__main__.', '')
 
 def unnumber(pages):

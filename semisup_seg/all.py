@@ -14,6 +14,10 @@ from semisup_seg.recipe import Again, Confident, CutMix, EMA, Hard, Mix, OnPseud
 from semisup_seg.report import Report, curves, interval, judged_files, make_report, read_report, save_report, score_images, score_masks
 from semisup_seg.distill import Result, data_distillation, distill, model_data_distillation, model_distillation, simple_training
 from semisup_seg.compare import Comparison, compare_runs
+from semisup_seg.suggest import suggest
+from semisup_seg.review import Review, add_label
+from semisup_seg.widgets import browse
+from semisup_seg.form import run_form
 from semisup_seg.compat import dataDistillation, modelDataDistillation, modelDistillation, simpleTraining
 
 __all__ = sorted(n for n in globals() if not n.startswith('_'))

@@ -45,13 +45,20 @@ class Comparison(Shown):
     def parts(self): return [*self.tables, *_remarks(self)]
 
 # %% ../nbs/42_compare.ipynb #449190c1
+def _learnt(made):
+    "How many images each run learnt from, where the data are not the same"
+    def _said(s): return ' and '.join(f'{s["images"].get(k, 0)} {n}' for k,n in (('train', 'labelled'), ('unlabeled', 'unlabelled'))) if 'images' in s else 'an unknown number of'
+    return f'The runs learnt from different data, and were judged on the same: {", ".join(f"{n} from {_said(s)}" for n,s in made.items())} images.'
+
 def _remarks(c):
     "What a reader of the comparison `c` must know"
     report,steps = next(iter(c.runs.values())), {n: c.steps(n) for n in c.runs}
     res = f'{len(report.target)} images of the {"test" if report.split=="test" else "validation"} set; 95 % bootstrap intervals over the images, paired for the gains, not over seeds: another seed may undo a small gain.'
     if report.split!='test': res += ' There is no test set: the validation set chose the models and judges them here, which flatters.'
-    if len({*steps.values()} - {'–'})<2: return [res]
-    return [res, f'The targets took unequal numbers of steps ({", ".join(f"{n} {s}" for n,s in steps.items())}): a longer training alone may explain a gain.']
+    made = {n: r.settings for n,r in c.runs.items()}
+    rest = [_learnt(made)] if len({s.get('data') for s in made.values()})>1 else []
+    if len({*steps.values()} - {'–'})<2: return [res, *rest]
+    return [res, *rest, f'The targets took unequal numbers of steps ({", ".join(f"{n} {s}" for n,s in steps.items())}): a longer training alone may explain a gain.']
 
 def compare_runs(
     *outs:str|Path, # Folders of finished runs, two or more; the others are measured against the first
@@ -61,7 +68,8 @@ def compare_runs(
     if len(set(places))<max(2, len(outs)): raise ValueError(f'outs: {", ".join(map(str, outs)) or "none"} given; a comparison needs the folders of at least two runs, each once')
     unique = len({p.name for p in places})==len(places)
     runs = {p.name if unique else str(o): read_report(o) for p,o in zip(places, outs)}
-    facts = [dict(split=r.split, images=[o['image'] for o in r.target], data=r.settings.get('data')) for r in runs.values()]
+    key = 'judged' if all('judged' in r.settings for r in runs.values()) else 'data'
+    facts = [dict(split=r.split, images=[o['image'] for o in r.target], data=r.settings.get(key)) for r in runs.values()]
     for o,f in zip(outs, facts):
         odd = [(k, v, f[k]) for k,v in facts[0].items() if v!=f[k] and None not in (v, f[k])]
         said = ', '.join(f'the names of the images ({len(a)} and {len(b)})' if k=='images' else f'the {k} ({a} and {b})' for k,a,b in odd)

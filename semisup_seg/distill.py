@@ -65,15 +65,18 @@ def check_run(
     return bases, target, [v.name for v in views], size, summary
 
 # %% ../nbs/40_distill.ipynb #5f2fbe25
+def _digest(root, files):
+    h = hashlib.sha256()
+    for f in files: h.update(f'{f.relative_to(root).as_posix()} {f.stat().st_size}\n'.encode() + f.read_bytes())
+    return h.hexdigest()[:16]
+
 def fingerprint(
     path:str|Path, # The data set folder
 )->str:
     "A digest of the names and contents of everything a run reads"
-    root,h = Path(path), hashlib.sha256()
-    files = [root/'codes.txt', *unlabeled_files(root)]
-    for s in ('train', 'valid', 'test'): files += [f for pair in split_files(root, s) for f in pair]
-    for f in files: h.update(f'{f.relative_to(root).as_posix()} {f.stat().st_size}\n'.encode() + f.read_bytes())
-    return h.hexdigest()[:16]
+    root = Path(path)
+    pairs = [pair for s in ('train', 'valid', 'test') for pair in split_files(root, s)]
+    return _digest(root, [root/'codes.txt', *unlabeled_files(root), *(f for pair in pairs for f in pair)])
 
 VERSIONS = 'torch', 'fastai', 'timm', 'segmentation-models-pytorch', 'albumentations', 'numpy'
 
@@ -250,7 +253,8 @@ def _report(run, path, files, against, learn, ann, vote, summary, bs):
     "Judge the target beside the teachers and their vote"
     done = {n: run.done(run.stage(f)) for n,f in files.items()}
     tried = (run.done('views') or {}).get('dice')
-    settings = dict(run.record['args'], images=summary.counts, views_on_validation=tried, training=_costs(run, files), data=run.record['data'], versions=run.record['versions'])
+    settings = dict(run.record['args'], images=summary.counts, views_on_validation=tried, training=_costs(run, files), data=run.record['data'],
+        judged=_digest(Path(path), [f for pair in judged_files(path)[1] for f in pair]), versions=run.record['versions'])
     others = {n: o['scores'] for n,o in done.items() if n!='target'}
     return make_report(learn, path, others, against, vote, {n: o['history'] for n,o in done.items()}, ann, settings, bs)
 

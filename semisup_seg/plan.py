@@ -82,7 +82,7 @@ def words(self:Plan)->list: # Of the command `semisup-seg`
 @patch
 def _repr_html_(self:Plan): return f'<pre style="white-space:pre-wrap">semisup-seg {html.escape(shlex.join(self.words()))}</pre>'
 
-# %% ../nbs/48_plan.ipynb #a0f8f68a
+# %% ../nbs/48_plan.ipynb #3fc43c34
 class Progress:
     "How far a run has come, from the lines that it prints"
     def __init__(self, plan):
@@ -94,6 +94,7 @@ class Progress:
     ):
         if m := re.match(r'(\S+): (\d+ steps an epoch|already trained)', line): self.stage,self.begun,self.rows = m[1], self.begun+1, self.epochs*(m[2]=='already trained')
         elif re.match(r' +\d+ +\d', line): self.rows += 1
+        elif m := re.search(r'going on after (\d+) of', line): self.rows = int(m[1])
         elif m := re.match(r'(\S*annotations): (.*)', line): self.stage = m[0].strip()
         elif line.startswith('report: '): self.begun,self.rows,self.stage = self.trainings, self.epochs, 'report'
 

@@ -1,5 +1,5 @@
 "Fixtures and small helpers that all tests share"
-import hashlib, os, subprocess, sys
+import hashlib, os, shutil, subprocess, sys
 from pathlib import Path
 
 import matplotlib
@@ -71,6 +71,20 @@ def python(
     paths = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
     return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, timeout=timeout,
         env={**os.environ, 'PYTHONPATH': paths, 'OMP_NUM_THREADS': '1', **{k: str(v) for k,v in env.items()}})
+
+BROWSERS = 'chromium', 'google-chrome', 'google-chrome-stable', 'chromium-browser', 'chrome'
+FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update', '--disable-sync',
+    '--no-first-run']
+
+@pytest.fixture(scope='session')
+def browser():
+    from playwright.sync_api import sync_playwright
+    exe = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not exe: pytest.fail('These tests need Chromium or Chrome on PATH: `apt-get install chromium` on Debian.', pytrace=False)
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=exe, args=FLAGS)
+        yield browser
+        browser.close()
 
 class Touch:
     "A pickle of this creates the file `path` where it is trusted"

@@ -1,5 +1,5 @@
 "The website as a reader meets it: built, opened in a browser, followed from page to page."
-import re, shutil, subprocess, sys
+import re, subprocess, sys
 from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -9,13 +9,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import sync_playwright
 
 root = Path(__file__).resolve().parent.parent
 DOCS_URL = 'https://semisup-seg.github.io/semisup_seg/'
-BROWSERS = 'chromium', 'google-chrome', 'google-chrome-stable', 'chromium-browser', 'chrome'
-FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update', '--disable-sync',
-    '--no-first-run']
 MAIN = 'index', 'tutorials/quickstart', 'core', 'distill', 'benchmarks/distill'
 WIDTHS = 390, 1440
 
@@ -34,15 +30,6 @@ def url(site):
         Thread(target=server.serve_forever, daemon=True).start()
         yield f'http://127.0.0.1:{server.server_port}/'
         server.shutdown()
-
-@pytest.fixture(scope='module')
-def browser():
-    exe = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if not exe: pytest.fail('These tests need Chromium or Chrome on PATH: `apt-get install chromium` on Debian.', pytrace=False)
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=exe, args=FLAGS)
-        yield browser
-        browser.close()
 
 def new_page(browser, url, width):
     "A page `width` pixels wide on which every other site answers with an empty picture"
