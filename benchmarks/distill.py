@@ -5,17 +5,17 @@
 
 `FOLDER` holds `kvasir_seg_256`, `busi_320` and `covid_ct_256`, each with `images/`, `masks/`, `codes.txt` and `groups.csv`.
 Each training adds a row to `nbs/results/distill.csv`; a row that is there is not trained again, so the same call goes on after an interruption."""
-import argparse, csv, tempfile, time
+import argparse, copy, csv, tempfile, time
 from pathlib import Path
 
 from semisup_seg.annotate import annotate, validation_dice
 from semisup_seg.core import atomic, load_mask, read_codes, split_files, unlabeled_files
 from semisup_seg.data import seg_dls
-from semisup_seg.learner import fit, save_model, seg_learner
-from semisup_seg.recipe import EMA, Again, Confident, CutMix, Hard, Mix, Strong, Trusted, get_recipe, pseudo_loader
+from semisup_seg.learner import fit, load_model, save_model, seg_learner
+from semisup_seg.recipe import EMA, Again, Confident, CutMix, Hard, Mix, OnPseudo, Strong, Trusted, get_recipe, pseudo_loader
 from semisup_seg.report import _scores as score_mask, score_images
 
-import numpy as np
+import numpy as np, torch
 from fastai.torch_core import set_seed
 from fastai.callback.core import Callback
 from splits import SETS, TABLE, lay_out, splits, spread
@@ -24,6 +24,17 @@ NETWORKS = {'U-Net': ('U-Net', 'tf_efficientnet_lite0'), 'CGNet': ('CGNet', None
 VIEWS = dict(kvasir_seg_256=['H Flip', 'V Flip', 'H+V Flip'], busi_320=['H Flip'], covid_ct_256=['H Flip'])  # chosen on the validation images, see --views
 TEACHERS = 0, 1, 2  # the seeds of those who vote together
 COLUMNS = 'set', 'labels', 'network', 'arm', 'seed', 'size', 'bs', 'steps', 'seconds', 'valid', 'dev', 'test', 'pseudo', 'each'
+
+class Following(OnPseudo):
+    "Let the moving average of the student's own weights label the images, more and more, alone from the middle of the training on (Tarvainen & Valpola 2017)"
+    order = 2.5
+    def before_fit(self): self.net = copy.deepcopy(self.model).eval().requires_grad_(False)
+    def change(self, x, p):
+        w = min(1, 2*self.learn.pct_train)
+        if not w: return x, p
+        self.net.load_state_dict(next(c for c in self.learn.cbs if isinstance(c, EMA)).average)
+        with torch.no_grad(): q = self.net.eval()(x.as_subclass(torch.Tensor)).float().softmax(1)
+        return x, torch.where(p.sum(1, keepdim=True)>0, (1-w)*p+w*q, 0)
 
 MAIN = dict(supervised=None, ceiling=None, naive=('data', 'naive'), data=('data', 'default'), model=('model', 'default'), both=('both', 'default'))
 ABLATION = {  # chkstyle: ignore-node
@@ -39,6 +50,8 @@ ABLATION = {  # chkstyle: ignore-node
     'mix, soft, EMA': [Mix(), EMA()],
     'mix, strong, CutMix, EMA': [Mix(), Hard(), Strong(), CutMix(), EMA()],
     'mix, soft, CutMix, EMA': [Mix(), CutMix(), EMA()],
+    'mix, strong, CutMix, EMA, following': [Mix(), Hard(), Strong(), CutMix(), EMA(), Following()],
+    'mix, EMA, from the teacher': [Mix(), Hard(), EMA()],  # begins with the teacher's weights
     'all but again': [Trusted(), Mix(), Confident(), Strong(), CutMix(), EMA()]}
 
 class Bench:
@@ -78,8 +91,8 @@ class Bench:
         codes = read_codes(self.path)
         return np.nanmean([score_mask(load_mask(m, codes), load_mask(t, codes), codes.names)['dice'] for m,t in pairs])
 
-    def teach(self, path, file, seed, pieces=(), ann=None):
-        "Train on the labels in `path` and on `ann`, save as `file`; what it cost and the scores, one by one on the test images"
+    def teach(self, path, file, seed, pieces=(), ann=None, start=None):
+        "Train on the labels in `path` and on `ann`, beginning with the weights in `start`; save as `file`; what it cost and the scores, one by one on the test images"
         o = self.o
         mix = next((p for p in pieces if isinstance(p, Mix)), None)
         set_seed(seed + (1000 if ann else 0), reproducible=True)
@@ -87,6 +100,7 @@ class Bench:
         dls = seg_dls(path, self.size, n, pseudo=ann.pairs if ann and not mix else None, epoch_len=self.every*n)
         if mix: mix.loader = pseudo_loader(ann, self.size, k)
         learn = seg_learner(dls, *NETWORKS[self.network], pretrained=self.network=='U-Net')
+        if start: learn.model.load_state_dict(load_model(start).state_dict())
         learn.add_cbs(p for p in pieces if isinstance(p, Callback))
         start = time.time()
         fit(learn, self.epochs, 0, o.lr)
@@ -101,7 +115,8 @@ class Bench:
         "Train one arm; its row"
         pieces = get_recipe(ABLATION[arm] if arm in ABLATION else MAIN[arm][1] if MAIN[arm] else [])
         ann = self.pseudo(arm, seed, pieces) if arm in ABLATION or MAIN[arm] else None
-        learn,row = self.teach(self.whole if arm=='ceiling' else self.path, self.model(arm, seed), seed, pieces, ann)
+        learn,row = self.teach(self.whole if arm=='ceiling' else self.path, self.model(arm, seed), seed, pieces, ann,
+            self.model('supervised', seed) if arm.endswith('from the teacher') else None)
         dev = self.scores(learn, self.others(arm))
         return dict(set=self.key, labels=self.labels, network=self.network, arm=arm, seed=seed, size=self.o.size, bs=self.o.bs, **row,
             dev=f'{np.nanmean(dev):.4f}' if dev else '', pseudo=f'{self.truth(ann):.4f}' if ann else '')
