@@ -148,7 +148,7 @@ class _Journal:
         self._refuse_others({Path(n).stem for n in [*old['names'], *(r['mask'] for r in tables)]})
         said = {r['image']: {k: r[k] for k in ('used', 'judgement')} for r in tables}
         for r in rows if old['asked']==asked else []:
-            if self._still_true(r): self.rows[r['image'], r.get('label')] = dict(judgement='') | r | said.get(r['image'], {})
+            if self._still_true(r): self.rows[r['image'], r.get('label')] = r | dict(judgement=r.get('judgement', '')) | said.get(r['image'], {})
         own = sorted({*old['names'], *names.values(), *(Path(r['mask']).name for r in tables if r['mask'])})
         with atomic(self.file) as f: f.write_text('\n'.join(json.dumps(o) for o in [dict(asked=asked, names=own), *self.rows.values()])+'\n', encoding='utf-8')
         for name in ('annotations.csv', 'calibration.csv'): (out/name).unlink(missing_ok=True)

@@ -1,5 +1,5 @@
 "Runs: their outputs, their seed, going on after an interruption, and what they refuse before they begin"
-import csv, gc, json, os, random, signal, subprocess, sys, time, weakref
+import csv, gc, json, os, random, shutil, signal, subprocess, sys, time, weakref
 from inspect import signature
 from pathlib import Path
 
@@ -9,10 +9,12 @@ from PIL import Image
 
 import semisup_seg.annotate as N, semisup_seg.distill as D
 from semisup_seg.annotate import validation_dice
+from semisup_seg.compare import compare_runs
 from semisup_seg.core import DatasetError, check_dataset, load_image, load_mask, split_files
 from semisup_seg.distill import data_distillation, distill, model_data_distillation, model_distillation, simple_training
 from semisup_seg.learner import load_model, predict
 from semisup_seg.recipe import Again, Hard, Mix, Trusted
+from semisup_seg.review import add_label
 
 OPTIONS = dict(size=SIZE, bs=4, epochs=1, freeze_epochs=0, lr=1e-3, pretrained=False)
 MODELS = [f'{role}_U-Net_test_resnet.{ext}' for role in ('base', 'target') for ext in ('json', 'pth')]
@@ -51,9 +53,21 @@ def counted(monkeypatch):
 
 def test_outputs_are_those_of_the_design(done):
     path,_,out,res = done
-    assert tree(out).keys()==OUTPUTS | {f'annotations/u{i}.png' for i in range(5)}
+    assert tree(out).keys()==OUTPUTS | {f'{d}/u{i}.png' for d in ('annotations', 'confidence') for i in range(5)}
     for role in ('base', 'target'): assert all(isinstance(v, torch.Tensor) for v in weights(out, role).values())
     assert res.out==out and len(res.annotations)==5 and res.report.split=='test' and str(res.report) in repr(res)
+
+def test_a_second_round_compares_with_the_first(done, tmp_path):
+    path,_,out,res = done
+    more = shutil.copytree(path, tmp_path/'more')
+    add_label(more, more/'unlabeled_images/u0.png', out/'annotations/u0.png')
+    go(more, tmp_path/'second')
+    assert 'out from 4 labelled and 5 unlabelled, second from 5 labelled and 4 unlabelled images' in str(compare_runs(out, tmp_path/'second'))
+    other = shutil.copytree(path, tmp_path/'other')
+    shutil.copy(other/'Images/test/test0.png', other/'Images/test/test1.png')
+    shutil.copy(other/'Labels/test/test0.png', other/'Labels/test/test1.png')
+    go(other, tmp_path/'third')
+    with pytest.raises(ValueError, match='differ in the data'): compare_runs(out, tmp_path/'third')
 
 def test_saved_models_are_the_trained_ones(done):
     path,_,out,res = done
@@ -187,7 +201,7 @@ def test_afresh(done, tmp_path, counted):
     simple_training(NET, path, out, **OPTIONS)
     (out/'notes.txt').write_text('mine')
     go(path, out, resume=False)
-    assert len(counted)==3 and tree(out).keys()==OUTPUTS | {f'annotations/u{i}.png' for i in range(5)} | {'notes.txt'}
+    assert len(counted)==3 and tree(out).keys()==OUTPUTS | {f'{d}/u{i}.png' for d in ('annotations', 'confidence') for i in range(5)} | {'notes.txt'}
 
 # --- refused before anything is trained or written
 
