@@ -23,7 +23,7 @@ from ipywidgets import HTML, BoundedIntText, Button, Dropdown, GridBox, HBox, In
 from IPython import get_ipython
 from PIL import Image
 
-# %% ../nbs/50_widgets.ipynb #e0d3d410
+# %% ../nbs/50_widgets.ipynb #9d76d570
 SHOWN = {'to judge': '', 'accepted': 'accepted', 'rejected': 'rejected', 'in training': 'in training', 'all': None, 'worth labelling': None}
 ORDERS = 'least trusted first', 'most trusted first', 'by name'
 
@@ -31,7 +31,7 @@ class Listing:
     "Which annotations are on show, and which of them is looked at"
     def __init__(self,
         review:Review, # Holds the annotations
-        per_page:int=12,
+        per_page:int=12, # Small pictures at a time
     ):
         self.review,self.per_page,self.show,self.by,self.named,self.at = review, per_page, 'to judge', ORDERS[0], [], 0
         self.refresh()
@@ -60,9 +60,11 @@ class Listing:
     def step(self, n): self.at = max(0, min(self.at+n, len(self.ids)-1))
     def turn(self, n): self.at = max(0, min(self.page+n, self.pages-1))*self.per_page
 
-# %% ../nbs/50_widgets.ipynb #d0e66bb7
+# %% ../nbs/50_widgets.ipynb #5774d10d
 @patch
-def judge(self:Listing, judgement)->str:
+def judge(self:Listing,
+    judgement:str, # 'accepted' or 'rejected'
+)->str:            # What to show
     "Judge the image that is looked at, and go to the next"
     i = self.current
     if i is None: return 'There is no image to judge in this list.'
@@ -73,9 +75,9 @@ def judge(self:Listing, judgement)->str:
 
 def _name(row): return Path(row['image']).name
 
-# %% ../nbs/50_widgets.ipynb #7869dc2a
+# %% ../nbs/50_widgets.ipynb #fe532db6
 @patch
-def undo(self:Listing)->str:
+def undo(self:Listing)->str: # What to show
     "Take the last step back and look at its image"
     before = self.review.steps[-1][0] if self.review.steps else {}
     self.review.undo()
@@ -83,7 +85,7 @@ def undo(self:Listing)->str:
     return 'Taken back: ' + (f'{len(before)} images' if len(before)>1 else _name(next(iter(before.values())))) + '.'
 
 @patch
-def move(self:Listing)->str:
+def move(self:Listing)->str: # What to show
     "Make labels of the accepted"
     n = self.review.counts()['accepted']
     if not n: return 'No mask is accepted yet.'
@@ -91,9 +93,11 @@ def move(self:Listing)->str:
     self.refresh(self.current)
     return f'{n-len(faults)} of {n} accepted are in training now.' + ''.join(f' {f}.' for f in faults[:3]) + (f' … {len(faults)} in all.' if len(faults)>3 else '')
 
-# %% ../nbs/50_widgets.ipynb #1cd9d5ad
+# %% ../nbs/50_widgets.ipynb #f971da53
 @patch
-def suggest(self:Listing, n)->str:
+def suggest(self:Listing,
+    n:int, # How many
+)->str:    # What to show
     "Show the images that are worth labelling"
     where = {Path(r['image']): i for i,r in enumerate(self.review.rows)}
     self.named = [where[f] for f in suggest(self.review.ann, n, [i for i,_ in split_files(self.review.path, 'train')])]
@@ -101,11 +105,11 @@ def suggest(self:Listing, n)->str:
     self.refresh()
     return f'{len(self.named)} images worth labelling, the most useful first.'
 
-# %% ../nbs/50_widgets.ipynb #f58dca78
+# %% ../nbs/50_widgets.ipynb #b5d989d3
 def _figure(pic, alt, caption):
     "A picture with its caption, or the sentence that says why there is none"
     shown = _img(pic, alt, 512).replace('<img', '<img style="width:100%"', 1) if isinstance(pic, np.ndarray) else f'<p>{html.escape(pic)}</p>'
-    return f'<figure style="margin:0;flex:1 1 12rem;max-width:24rem">{shown}<figcaption>{html.escape(caption)}</figcaption></figure>'
+    return f'<figure style="margin:0;flex:1 1 10rem;max-width:24rem">{shown}<figcaption>{html.escape(caption)}</figcaption></figure>'
 
 def _read(load, file):
     try: return load(file)
@@ -219,7 +223,7 @@ def _slot(self:Browser, k):
         self.draw()
     return VBox([HTML(), button('', 'Look at this one', _look)])
 
-# %% ../nbs/50_widgets.ipynb #f0d5ba78
+# %% ../nbs/50_widgets.ipynb #2c833fa4
 @patch
 def _choose(self:Browser, what, value):
     if getattr(self.listing, what)==value: return
@@ -227,7 +231,10 @@ def _choose(self:Browser, what, value):
     self.act(self.listing.refresh, self.listing.current)
 
 @patch
-def act(self:Browser, f, *args):
+def act(self:Browser,
+    f,     # A method of the listing, or another function
+    *args, # What it takes
+):
     "Do what a button stands for, and say how it went"
     try: said = f(*args) or ''
     except (ValueError, OSError) as e: said = str(e)
