@@ -43,7 +43,7 @@ def cover(
         reached = np.maximum(reached, like[chosen[-1]])
     return chosen
 
-# %% ../nbs/34_suggest.ipynb #a06afe64
+# %% ../nbs/34_suggest.ipynb #b1e9b697
 def suggest(
     annotations:Annotations, # From `annotate` or a run
     n:int,                   # How many
@@ -53,7 +53,7 @@ def suggest(
     check_numbers(n=(n, 1))
     k = trust(annotations.rows)
     rows = [r for r in annotations.ranked() if r['judgement'] not in ('accepted', 'in training') and Path(r['image']).is_file()]
-    rows = rows[:max(5*n, len(rows)//2)]
+    rows = rows[:max(5*n, min(500, len(rows)//2))]
     with ThreadPoolExecutor(4) as pool:
         looks = list(bar(pool.map(look_from_afar, [*(r['image'] for r in rows), *labelled]), len(rows)+len(labelled), 'images'))
     if not rows: return []

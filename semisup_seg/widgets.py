@@ -193,7 +193,7 @@ class Browser(VBox):
         if getattr(get_ipython(), 'kernel', None): return super()._repr_mimebundle_(**kw)
         return {'text/plain': self.facts.value, 'text/html': f'<div>{self.facts.value}</div>{self.pictures.value}'}
 
-# %% ../nbs/50_widgets.ipynb #d871be33
+# %% ../nbs/50_widgets.ipynb #81d6e757
 @patch
 def _judging(self:Browser):
     act,l = self.act, self.listing
@@ -206,8 +206,13 @@ def _judging(self:Browser):
 @patch
 def _helping(self:Browser):
     self.move = button('Move accepted into Labels/train', 'Accepted masks become labels, their images training images', lambda: self.act(self.listing.move))
-    self.suggest = button('Suggest what to label', 'Show the images whose labelling would help most', lambda: self.act(self.listing.suggest, self.n.value))
+    self.suggest = button('Suggest what to label', 'Show the images whose labelling would help most', self._suggest)
     return [self.move, self.suggest, self.n]
+
+@patch
+def _suggest(self:Browser):
+    self.say('Looking at the least trusted images…')
+    self.act(self.listing.suggest, self.n.value)
 
 # %% ../nbs/50_widgets.ipynb #4f13237f
 @patch
@@ -223,12 +228,15 @@ def _slot(self:Browser, k):
         self.draw()
     return VBox([HTML(), button('', 'Look at this one', _look)])
 
-# %% ../nbs/50_widgets.ipynb #2c833fa4
+# %% ../nbs/50_widgets.ipynb #a0d126ba
 @patch
 def _choose(self:Browser, what, value):
     if getattr(self.listing, what)==value: return
     setattr(self.listing, what, value)
     self.act(self.listing.refresh, self.listing.current)
+
+@patch
+def say(self:Browser, text): self.said.value = f'<div role="status">{html.escape(text)}</div>'
 
 @patch
 def act(self:Browser,
@@ -238,7 +246,7 @@ def act(self:Browser,
     "Do what a button stands for, and say how it went"
     try: said = f(*args) or ''
     except (ValueError, OSError) as e: said = str(e)
-    self.said.value = f'<div role="status">{html.escape(said)}</div>'
+    self.say(said)
     self.draw()
 
 # %% ../nbs/50_widgets.ipynb #87d71ff1
