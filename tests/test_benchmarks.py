@@ -173,3 +173,18 @@ def test_labels_to_add_are_measured(three_sets, tmp_path):
     assert [r['how'] for r in rows]==['random', 'suggested', 'least trusted'] and "'how'" in res.stdout and res.stdout.count("'how'")==1
     for r in rows: assert r['more']=='10' and 1<=int(r['groups'])<=10 and r['steps']==read(tmp_path/'d.csv')[0]['steps'] and len(r['each'].split())==40
     assert not list(tmp_path.glob('*/*/random-0-10')), 'the copied data set is left behind'
+
+SUGGESTED = read(ROOT/'nbs/results/suggest.csv')
+
+def test_committed_suggestions_are_whole(splits):
+    for n in splits.SETS:
+        for how in ('suggested', 'random'): assert sorted(r['seed'] for r in SUGGESTED if (r['set'], r['how'])==(n, how))==['0', '1', '2']
+        mine = [r for r in SUGGESTED if r['set']==n]
+        assert len({(r['size'], r['bs'], r['steps'], r['more'], len(r['each'].split())) for r in mine})==1
+        for r in mine: assert float(r['test'])==pytest.approx(np.nanmean([float(d) for d in r['each'].split()]), abs=1e-3)
+
+def test_page_shows_the_suggestions(splits):
+    page = json.loads((ROOT/'nbs/benchmarks/suggest.ipynb').read_text(encoding='utf-8'))
+    shown = ''.join(''.join(v) for c in page['cells'] for o in c.get('outputs', []) for k,v in o.get('data', {}).items() if k=='text/markdown')
+    for n in splits.SETS:
+        for how in {r['how'] for r in SUGGESTED if r['set']==n}: assert ', '.join(f'{float(r["test"]):.3f}' for r in sorted(SUGGESTED, key=lambda r: r['seed']) if (r['set'], r['how'])==(n, how)) in shown
