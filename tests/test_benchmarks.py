@@ -188,3 +188,23 @@ def test_page_shows_the_suggestions(splits):
     shown = ''.join(''.join(v) for c in page['cells'] for o in c.get('outputs', []) for k,v in o.get('data', {}).items() if k=='text/markdown')
     for n in splits.SETS:
         for how in {r['how'] for r in SUGGESTED if r['set']==n}: assert ', '.join(f'{float(r["test"]):.3f}' for r in sorted(SUGGESTED, key=lambda r: r['seed']) if (r['set'], r['how'])==(n, how)) in shown
+
+DISTILLED = read(ROOT/'nbs/results/distill.csv')
+
+def test_every_setting_has_three_seeds(splits):
+    arms = {'supervised', 'naive', 'data', 'model', 'both', 'ceiling'}
+    wanted = {(n, '60', net): arms for n in splits.SETS for net in ('U-Net', 'CGNet')}
+    wanted |= {('kvasir_seg_256', '120', 'U-Net'): arms, ('covid_ct_256, spread', '60', 'U-Net'): arms-{'ceiling'}}
+    for (n,labels,net),these in wanted.items():
+        for arm in these:
+            mine = [r for r in DISTILLED if (r['set'], r['labels'], r['network'], r['arm'])==(n, labels, net, arm)]
+            assert sorted(r['seed'] for r in mine)==['0', '1', '2'], (n, labels, net, arm)
+    for n in splits.SETS: assert len({(r['size'], r['bs'], r['steps']) for r in DISTILLED if r['set']==n})==1
+
+def test_page_shows_every_setting():
+    page = json.loads((ROOT/'nbs/benchmarks/distill.ipynb').read_text(encoding='utf-8'))
+    shown = ''.join(''.join(v) for c in page['cells'] for o in c.get('outputs', []) for k,v in o.get('data', {}).items() if k=='text/markdown')
+    for arm in ('supervised', 'naive', 'data', 'model', 'both', 'ceiling'):
+        for net,labels in (('U-Net', '60'), ('CGNet', '60'), ('U-Net', '120')):
+            tests = sorted(np.nanmean([float(d) for d in r['each'].split()]) for r in DISTILLED if (r['set'], r['network'], r['labels'], r['arm'])==('kvasir_seg_256', net, labels, arm))
+            assert f'({", ".join(f"{t:.3f}" for t in tests)})' in shown, (arm, net, labels)
