@@ -16,6 +16,7 @@ from semisup_seg.distill import Result, data_distillation, distill, model_data_d
 from semisup_seg.compare import Comparison, compare_runs
 from semisup_seg.suggest import suggest
 from semisup_seg.review import Review, add_label
+from semisup_seg.plan import Job, Plan
 from semisup_seg.widgets import browse
 from semisup_seg.form import run_form
 from semisup_seg.compat import dataDistillation, modelDataDistillation, modelDistillation, simpleTraining

@@ -101,13 +101,13 @@ class Progress:
     @property
     def share(self): return max(0, self.begun-1+min(1, self.rows/self.epochs))/self.trainings if self.begun else 0  # 0–1
 
-# %% ../nbs/48_plan.ipynb #2f44df7f
+# %% ../nbs/48_plan.ipynb #b0f70836
 class Job:
     "The run of a plan in a process of its own"
     def __init__(self, plan:Plan):
         plan.check()
         self.plan,self.progress,self.said = plan, Progress(plan), []
-        code = 'import sys; from semisup_seg.cli import main; sys.exit(main())'
+        code = 'import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from semisup_seg.cli import main; sys.exit(main())'
         how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding='utf-8', errors='replace')
         self.process = subprocess.Popen([sys.executable, '-u', '-c', code, *plan.words()], **how)
 

@@ -1,5 +1,5 @@
 "The widgets: what is on show, what the buttons do, bad input, thousands of annotations, and all of it in a real browser"
-import json, shutil, socket, subprocess, sys, time, urllib.request
+import json, shutil, signal, socket, subprocess, sys, time, urllib.request
 
 import numpy as np, pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -190,7 +190,14 @@ def test_form_names_every_fault_of_a_folder(discs, tmp_path):
     f.check.click()
     assert 'train0.png: no label' in f.answer.value and 'train1.png: no label' in f.answer.value and '<br>' in f.answer.value
 
-def test_form_stops_a_run_and_goes_on_to_its_report(discs, tmp_path):
+@pytest.fixture(params=['in front', 'in the background'])
+def shell(request):
+    "A shell that starts a program in the background lets it ignore interruptions, and so all that this program starts"
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN if request.param=='in the background' else signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
+
+def test_form_stops_a_run_and_goes_on_to_its_report(discs, tmp_path, shell):
     f = form(discs, tmp_path/'out', epochs=40)
     f.start.click()
     while f.job.progress.rows<3 and f.job.process.poll() is None: time.sleep(0.1)
