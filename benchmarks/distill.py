@@ -102,10 +102,10 @@ class Bench:
         learn = seg_learner(dls, *NETWORKS[self.network], pretrained=self.network=='U-Net')
         if start: learn.model.load_state_dict(load_model(start).state_dict())
         learn.add_cbs(p for p in pieces if isinstance(p, Callback))
-        start = time.time()
+        began = time.time()
         fit(learn, self.epochs, 0, o.lr)
         save_model(learn, file)
-        seconds = round(time.time()-start)
+        seconds = round(time.time()-began)
         valid,test = (self.scores(learn, split_files(self.path, s)) for s in ('valid', 'test'))
         return learn, dict(steps=self.epochs*len(dls.train), seconds=seconds, valid=f'{np.nanmean(valid):.4f}', test=f'{np.nanmean(test):.4f}', each=' '.join(f'{s:.3f}' for s in test))
 

@@ -7,15 +7,16 @@ Docs: https://semisup-seg.github.io/semisup_seg/form.html.md"""
 # %% auto #0
 __all__ = ['RECIPES', 'RunForm', 'run_form']
 
-# %% ../nbs/51_form.ipynb #17273c72
+# %% ../nbs/51_form.ipynb #70bfd285
 import html, threading
 from functools import partial
 from pathlib import Path
 
+from .core import pick
 from .models.core import networks
 from .plan import ROUTINES, Job, Plan
 from .report import read_report
-from .views import views
+from .views import get_views, views
 from .widgets import GREEN, alert, browse, button, row
 
 from fastcore.basics import patch
@@ -31,18 +32,21 @@ def _described(names): return [(f'{n}: {about}', n) for n,about in names.items()
 
 def _field(value, label, kind, **kw): return kind(value=value, description=label, **_WIDE, **kw)
 
-# %% ../nbs/51_form.ipynb #4f4b74da
+# %% ../nbs/51_form.ipynb #eb37b4e0
 def _fields(plan):
-    "A widget for each field of a `Plan`"
+    "A widget for each field of a `Plan`; a `ValueError` for a value that its menu or range does not have"
     nets = _described({n.name: n.idea for n in networks.values() if not n.more})
     numbers = dict(each=('Of each', 1, 5), size=('Side, pixels', 32, 2048), bs=('Images per batch', 2, 512),
         epochs=('Epochs', 1, 1000), freeze_epochs=('Epochs before, frozen', 0, 100), seed=('Seed', 0, 2**31-1))
+    for k,(_,lo,hi) in numbers.items():
+        if not lo<=getattr(plan, k)<=hi: raise ValueError(f'{k} is {getattr(plan, k)}; expected a whole number from {lo} to {hi}')
+    def _net(name): return pick(name, {n: n for _,n in nets}, 'network')
     res = dict(data=_field(plan.data, 'Data set folder', Text), out=_field(plan.out, 'Results folder', Text),
-        routine=_field(plan.routine, 'Routine', Dropdown, options=_described(ROUTINES)),
-        teachers=_field(plan.teachers, 'Teachers', SelectMultiple, options=nets, rows=10), target=_field(plan.target, 'Target', Dropdown, options=nets),
+        routine=_field(pick(plan.routine, {k: k for k in ROUTINES}, 'routine'), 'Routine', Dropdown, options=_described(ROUTINES)),
+        teachers=_field([_net(t) for t in plan.teachers], 'Teachers', SelectMultiple, options=nets, rows=10), target=_field(_net(plan.target), 'Target', Dropdown, options=nets),
         encoder=_field(plan.encoder, 'Encoder', Combobox, options=('tf_efficientnet_lite0', 'tf_efficientnet_lite1', 'tf_efficientnet_lite2', 'resnet34', 'resnet50')),
-        views=_field(plan.views, 'Views', SelectMultiple, options=_described({n: v.change.__doc__ for n,v in views.items()}), rows=8),
-        recipe=_field(plan.recipe, 'Recipe', Dropdown, options=_described(RECIPES)))
+        views=_field([v.name for v in get_views(plan.views)], 'Views', SelectMultiple, options=_described({n: v.change.__doc__ for n,v in views.items()}), rows=8),
+        recipe=_field(pick(plan.recipe, {k: k for k in RECIPES}, 'recipe'), 'Recipe', Dropdown, options=_described(RECIPES)))
     res |= {k: _field(getattr(plan, k), n, BoundedIntText, min=lo, max=hi) for k,(n,lo,hi) in numbers.items()}
     return res | {k: _field(getattr(plan, k), n, Checkbox) for k,n in (('scratch', 'Begin with random weights'), ('fresh', 'Throw away an earlier run in the results folder'))}
 

@@ -18,7 +18,7 @@ from .recipe import recipes
 
 from fastcore.basics import patch
 
-# %% ../nbs/48_plan.ipynb #15ff1878
+# %% ../nbs/48_plan.ipynb #7d299c0d
 ROUTINES = {  # chkstyle: ignore-node
     'data distillation': 'one teacher looks at each unlabelled image in several views',
     'model distillation': 'several teachers look at each unlabelled image',
@@ -51,7 +51,7 @@ class Plan:
         return net.name, self.encoder if net.encoders and matching([self.encoder], net.encoders) else net.backbone
 
     @property
-    def bases(self): return [] if self.routine=='simple training' else [self.pair(t) for t in self.teachers for _ in range(self.each)]
+    def bases(self): return [] if self.routine=='simple training' else [self.pair(t) for t in self.teachers for _ in range(self.each if 'model' in self.routine else 1)]
     @property
     def seen(self): return [*self.views] if 'data' in self.routine else []
 

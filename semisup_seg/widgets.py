@@ -7,13 +7,13 @@ Docs: https://semisup-seg.github.io/semisup_seg/widgets.html.md"""
 # %% auto #0
 __all__ = ['SHOWN', 'ORDERS', 'MARKS', 'GREEN', 'Listing', 'figures', 'button', 'row', 'alert', 'Browser', 'browse']
 
-# %% ../nbs/50_widgets.ipynb #9af7f3b2
+# %% ../nbs/50_widgets.ipynb #70d4ac66
 import html
 from functools import lru_cache, partial
 from pathlib import Path
 
-from .core import DatasetError, _img, _swatch, load_image, load_mask, overlay, split_files
-from .record import Annotations, trust
+from .core import _img, _swatch, load_image, load_mask, overlay, split_files
+from .record import Annotations, _read, trust
 from .review import Review
 from .suggest import suggest
 
@@ -21,7 +21,6 @@ import matplotlib.pyplot as plt, numpy as np
 from fastcore.basics import patch
 from ipywidgets import HTML, BoundedIntText, Button, Dropdown, GridBox, HBox, IntSlider, Layout, VBox, link
 from IPython import get_ipython
-from PIL import Image
 
 # %% ../nbs/50_widgets.ipynb #9d76d570
 SHOWN = {'to judge': '', 'accepted': 'accepted', 'rejected': 'rejected', 'in training': 'in training', 'all': None, 'worth labelling': None}
@@ -105,17 +104,13 @@ def suggest(self:Listing,
     self.refresh()
     return f'{len(self.named)} images worth labelling, the most useful first.'
 
-# %% ../nbs/50_widgets.ipynb #b5d989d3
+# %% ../nbs/50_widgets.ipynb #661d9e51
 def _figure(pic, alt, caption):
     "A picture with its caption, or the sentence that says why there is none"
     shown = _img(pic, alt, 512).replace('<img', '<img style="width:100%"', 1) if isinstance(pic, np.ndarray) else f'<p>{html.escape(pic)}</p>'
     return f'<figure style="margin:0;flex:1 1 10rem;max-width:24rem">{shown}<figcaption>{html.escape(caption)}</figcaption></figure>'
 
-def _read(load, file):
-    try: return load(file)
-    except (DatasetError, OSError) as e: return f'{Path(file).name}: {str(e).removeprefix(f"{file}: ")}'
-
-def _heat(file): return np.uint8(plt.get_cmap('magma')(np.asarray(Image.open(file)))[..., :3]*255)
+def _heat(file): return np.uint8(plt.get_cmap('magma')(load_mask(file))[..., :3]*255)
 
 # %% ../nbs/50_widgets.ipynb #014bc95d
 def figures(

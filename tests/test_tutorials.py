@@ -93,3 +93,7 @@ def test_is_in_the_sidebar(path):
     sections = yaml.safe_load((root/'_quarto.yml').read_text())['website']['sidebar']['contents']
     listed, = [s['contents'] for s in sections if s.get('section')=='Tutorials']
     assert listed.count(path.relative_to(root/'nbs').as_posix())==1
+
+def test_the_second_round_shows_its_gain():
+    shown = [''.join(o['data'].get('text/markdown', '')) for c in cells(root/'nbs/tutorials/annotations.ipynb', 'code') for o in c['outputs'] if 'data' in o]
+    assert re.search(r'gain over first.*\n.*\n.*\n\| second \| 0\.\d+ \[.*\| [-+]0\.\d+ \[', '\n'.join(shown))

@@ -184,6 +184,25 @@ def test_form_says_what_is_wrong_and_starts_nothing(discs, tmp_path, kw, said):
         assert said in f.answer.value and 'role="alert"' in f.answer.value and f.job is None
     assert not (tmp_path/'out').exists()
 
+@pytest.mark.parametrize('kw,said', [(dict(teachers=('Unet5',)), "Did you mean 'U-Net'"), (dict(target='nonet'), 'Unknown network'), (dict(views=('H Flop',)), "Did you mean 'H Flip'"),
+    (dict(routine='distil'), 'Unknown routine'), (dict(recipe='best'), 'Unknown recipe'), (dict(size=8), 'from 32 to 2048'), (dict(bs=1), 'from 2 to 512')])
+def test_form_refuses_what_its_menus_do_not_have(kw, said):
+    with pytest.raises(ValueError, match=said): run_form('data', **kw)
+
+def test_menus_describe_what_they_offer():
+    f = run_form('data', teachers=('cgnet',), target='unet', views=('h flip',))
+    assert f.plan.teachers==('CGNet',) and f.plan.target=='U-Net' and f.plan.views==('H Flip',)
+    for k,n in dict(routine=4, teachers=10, target=10, views=14, recipe=2).items():
+        labels = [label for label,_ in f.fields[k].options]
+        assert len(labels)==n and all(len(label.partition(': ')[2])>5 for label in labels), labels
+
+def test_a_hidden_field_counts_for_nothing(discs, tmp_path):
+    f = form(discs, tmp_path/'out', routine='model distillation', each=2)
+    assert len(f.plan.bases)==2
+    f.fields['routine'].value = 'data distillation'
+    f.check.click()
+    assert 'The run can start' in f.answer.value
+
 def test_form_names_every_fault_of_a_folder(discs, tmp_path):
     for i in (0, 1): (discs/f'Labels/train/train{i}.png').unlink()
     f = form(discs, tmp_path/'out')
