@@ -10,9 +10,9 @@ from pathlib import Path
 
 from semisup_seg.annotate import annotate, validation_dice
 from semisup_seg.core import atomic, load_mask, read_codes, split_files, unlabeled_files
-from semisup_seg.data import seg_dls
+from semisup_seg.data import seg_dls, standard_augment
 from semisup_seg.learner import fit, load_model, save_model, seg_learner
-from semisup_seg.recipe import EMA, Again, Confident, CutMix, Hard, Mix, OnPseudo, Strong, Trusted, get_recipe, pseudo_loader
+from semisup_seg.recipe import EMA, Again, Confident, CutMix, Hard, Mix, OnPseudo, Seen, Strong, Trusted, get_recipe, pseudo_loader
 from semisup_seg.report import _scores as score_mask, score_images
 
 import numpy as np, torch
@@ -22,6 +22,7 @@ from splits import SETS, TABLE, lay_out, splits, spread
 
 NETWORKS = {'U-Net': ('U-Net', 'tf_efficientnet_lite0'), 'CGNet': ('CGNet', None)}
 VIEWS = dict(kvasir_seg_256=['H Flip', 'V Flip', 'H+V Flip'], busi_320=['H Flip'], covid_ct_256=['H Flip'])  # chosen on the validation images, see --views
+SEEN = ['H Flip', 'V Flip', 'H+V Flip', 'Rotate 90', 'Rotate 270']  # of the arms whose networks were shown their views
 TEACHERS = 0, 1, 2  # the seeds of those who vote together
 COLUMNS = 'set', 'labels', 'network', 'arm', 'seed', 'size', 'bs', 'steps', 'seconds', 'valid', 'dev', 'test', 'pseudo', 'each'
 
@@ -36,7 +37,9 @@ class Following(OnPseudo):
         with torch.no_grad(): q = self.net.eval()(x.as_subclass(torch.Tensor)).float().softmax(1)
         return x, torch.where(p.sum(1, keepdim=True)>0, (1-w)*p+w*q, 0)
 
-MAIN = dict(supervised=None, ceiling=None, naive=('data', 'naive'), data=('data', 'default'), model=('model', 'default'), both=('both', 'default'))
+MAIN = {'supervised': None, 'ceiling': None, 'supervised, seen': None, 'ceiling, seen': None,
+    'naive': ('data', 'naive'), 'data': ('data', 'default'), 'model': ('model', 'default'), 'both': ('both', 'default'),
+    'data, not seen': ('data', [Mix(), Hard(), EMA()]), 'both, not seen': ('both', [Mix(), Hard(), EMA()])}
 ABLATION = {  # chkstyle: ignore-node
     'mix': [Mix(), Hard()],
     'mix, soft': [Mix()],
@@ -54,6 +57,10 @@ ABLATION = {  # chkstyle: ignore-node
     'mix, EMA, from the teacher': [Mix(), Hard(), EMA()],  # begins with the teacher's weights
     'all but again': [Trusted(), Mix(), Confident(), Strong(), CutMix(), EMA()]}
 
+def shown(arm, pieces):
+    "Whether the networks of an arm are trained in the views; model distillation has none"
+    return arm.endswith(', seen') or arm!='model' and any(isinstance(p, Seen) for p in pieces)
+
 class Bench:
     "All trainings on one set with one number of labels and one network"
     def __init__(self, o, name, labels, network):
@@ -66,22 +73,23 @@ class Bench:
 
     def others(self, arm):
         "Labelled images that no training of this setting knew as such, on which recipes are compared; none for the ceiling, for 120 labels and for labels that are spread"
-        if arm=='ceiling' or self.labels!=60 or self.o.spread: return []
+        if arm.startswith('ceiling') or self.labels!=60 or self.o.spread: return []
         names = [Path(k) for k,v in splits(self.o.data/self.name, self.o.splits).items() if v=='more']
         return [(self.o.data/self.name/'images'/n, self.o.data/self.name/f'masks/{n.stem}.png') for n in names]
 
     def model(self, arm, seed): return self.out/f'{arm}-{seed}.pth'
 
-    def label(self, kind, files):
+    def label(self, kind, files, views):
         "Pseudo-labels by the models `files`"
-        return annotate(files, unlabeled_files(self.path), self.out/kind, [] if kind=='model' else VIEWS[self.name], self.size, soft=True, valid=split_files(self.path, 'valid'))
+        return annotate(files, unlabeled_files(self.path), self.out/kind, views, self.size, soft=True, valid=split_files(self.path, 'valid'))
 
     def pseudo(self, arm, seed, pieces):
         "The pseudo-labels of an arm: of one teacher, of all, or of the student of an earlier arm"
-        kind = MAIN[arm][0] if arm in MAIN else 'data'
-        if any(isinstance(p, Again) for p in pieces): ann = self.label(f'{arm}-{seed}', [self.model(arm.partition(', again')[0], seed)])
-        elif kind=='data': ann = self.label(f'data-{seed}', [self.model('supervised', seed)])
-        else: ann = self.label(kind, [self.model('supervised', s) for s in TEACHERS])
+        kind,seen = MAIN[arm][0] if arm in MAIN else 'data', ', seen' if shown(arm, pieces) else ''
+        views = [] if kind=='model' else SEEN if seen else VIEWS[self.name]
+        if any(isinstance(p, Again) for p in pieces): ann = self.label(f'{arm}-{seed}', [self.model(arm.partition(', again')[0], seed)], views)
+        elif kind=='data': ann = self.label(f'data{seen}-{seed}', [self.model(f'supervised{seen}', seed)], views)
+        else: ann = self.label(f'{kind}{seen}', [self.model(f'supervised{seen}', s) for s in TEACHERS], views)
         for p in pieces: ann = p.choose(ann) if isinstance(p, Trusted) else ann
         return ann
 
@@ -91,14 +99,14 @@ class Bench:
         codes = read_codes(self.path)
         return np.nanmean([score_mask(load_mask(m, codes), load_mask(t, codes), codes.names)['dice'] for m,t in pairs])
 
-    def teach(self, path, file, seed, pieces=(), ann=None, start=None):
+    def teach(self, path, file, seed, pieces=(), ann=None, start=None, augment=standard_augment):
         "Train on the labels in `path` and on `ann`, beginning with the weights in `start`; save as `file`; what it cost and the scores, one by one on the test images"
         o = self.o
         mix = next((p for p in pieces if isinstance(p, Mix)), None)
         set_seed(seed + (1000 if ann else 0), reproducible=True)
         n,k = mix.split(o.bs) if mix else (o.bs, 0)
-        dls = seg_dls(path, self.size, n, pseudo=ann.pairs if ann and not mix else None, epoch_len=self.every*n)
-        if mix: mix.loader = pseudo_loader(ann, self.size, k)
+        dls = seg_dls(path, self.size, n, augment, pseudo=ann.pairs if ann and not mix else None, epoch_len=self.every*n)
+        if mix: mix.loader = pseudo_loader(ann, self.size, k, augment)
         learn = seg_learner(dls, *NETWORKS[self.network], pretrained=self.network=='U-Net')
         if start: learn.model.load_state_dict(load_model(start).state_dict())
         learn.add_cbs(p for p in pieces if isinstance(p, Callback))
@@ -115,8 +123,8 @@ class Bench:
         "Train one arm; its row"
         pieces = get_recipe(ABLATION[arm] if arm in ABLATION else MAIN[arm][1] if MAIN[arm] else [])
         ann = self.pseudo(arm, seed, pieces) if arm in ABLATION or MAIN[arm] else None
-        learn,row = self.teach(self.whole if arm=='ceiling' else self.path, self.model(arm, seed), seed, pieces, ann,
-            self.model('supervised', seed) if arm.endswith('from the teacher') else None)
+        learn,row = self.teach(self.whole if arm.startswith('ceiling') else self.path, self.model(arm, seed), seed, pieces, ann,
+            self.model('supervised', seed) if arm.endswith('from the teacher') else None, Seen().augment(SEEN, self.size) if shown(arm, pieces) else standard_augment)
         dev = self.scores(learn, self.others(arm))
         return dict(set=self.key, labels=self.labels, network=self.network, arm=arm, seed=seed, size=self.o.size, bs=self.o.bs, **row,
             dev=f'{np.nanmean(dev):.4f}' if dev else '', pseudo=f'{self.truth(ann):.4f}' if ann else '')
@@ -182,7 +190,7 @@ def main():
         for arm in o.arms:
             for seed in o.seeds:
                 key = dict(set=bench.key, labels=str(o.labels), network=o.network, arm=arm, seed=str(seed))
-                if have(o.out, key) and (arm!='supervised' or bench.model(arm, seed).exists()): continue
+                if have(o.out, key) and (not arm.startswith('supervised') or bench.model(arm, seed).exists()): continue
                 print(*key.values(), flush=True)
                 put(o.out, key, bench.train(arm, seed), COLUMNS)
 

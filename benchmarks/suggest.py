@@ -12,7 +12,7 @@ from semisup_seg.core import split_files
 from semisup_seg.review import add_label
 from semisup_seg.suggest import suggest
 
-from distill import Bench, have, options, parsed, put
+from distill import VIEWS, Bench, have, options, parsed, put
 
 HOW = 'random', 'suggested', 'least trusted'
 COLUMNS = 'set', 'how', 'seed', 'more', 'groups', 'size', 'bs', 'steps', 'seconds', 'valid', 'test', 'each'
@@ -25,7 +25,7 @@ def choose(how, ann, n, labelled, seed):
 
 def train(bench, how, seed, more):
     "The row of one training with `more` labels"
-    ann = bench.label(f'data-{seed}', [bench.model('supervised', seed)])
+    ann = bench.label(f'data-{seed}', [bench.model('supervised', seed)], VIEWS[bench.name])
     source,path = bench.o.data/bench.name, bench.out/f'{how}-{seed}-{more}'
     chosen = choose(how, ann, more, [i for i,_ in split_files(bench.path, 'train')], seed)
     shutil.rmtree(path, ignore_errors=True)

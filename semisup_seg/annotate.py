@@ -19,7 +19,7 @@ from .core import DatasetError, atomic, check_numbers, bar, image_files, load_im
 from .data import check_size, resize_image
 from .learner import _model, dice, likeliest, load_model, overlap_counts, to_mask
 from .record import CHECKED, COLUMNS, Annotations, predict_dice, read_annotations
-from .views import get_views
+from .views import get_views, view_size
 from .vote import Ballot, agreement, entropy
 from .windows import cut, join
 
@@ -110,7 +110,7 @@ def _check_teachers(teachers, size, views):
     for f in facts:
         if f['codes'] is None or f['codes']!=facts[0]['codes']: raise ValueError(f'teachers: {f["name"]} knows the classes {f["codes"] and f["codes"].names}, {facts[0]["name"]} knows {facts[0]["codes"] and facts[0]["codes"].names}; they must be the same')
     size = check_size(size or facts[0]['size'])
-    low = min(min(v.change(np.zeros((*size, 3), np.uint8)).shape[:2]) for v in [*views, get_views('H Flip')[0]])
+    low = min(map(min, [size, *(view_size(v, size) for v in views)]))
     for f in facts:
         if low<f['min_size']: raise ValueError(f'size is {size}, {low} pixels at the smallest view; {f["name"]} needs at least {f["min_size"]} pixels a side')
     return teachers, facts, size

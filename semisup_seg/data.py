@@ -10,6 +10,7 @@ __all__ = ['check_size', 'resize_image', 'ClassMask', 'SegMask', 'ReadFiles', 's
 
 # %% ../nbs/01_data.ipynb #19a99eed
 import os, random, warnings
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # albumentations asks the network for news otherwise
@@ -87,10 +88,17 @@ def show_results(
 
 
 # %% ../nbs/01_data.ipynb #d953a132
-def standard_augment():
-    "Mirror, turn, scale, shift and relight: mild changes that suit most images; nothing is claimed beyond the border"
+def _changed(change, a, **_): return np.ascontiguousarray(change(a))
+
+def _in_view(v): return A.Lambda(image=partial(_changed, v.change), mask=partial(_changed, v.change) if v.moves else None, p=1)
+
+def standard_augment(
+    views=(), # `View`s that keep the size of an image
+):
+    "Mirror, turn, scale, shift and relight: mild changes that suit most images; nothing is claimed beyond the border. An image is first shown as it is or in one of `views`, whichever chance picks"
+    first = [A.OneOf([A.NoOp(p=1), *map(_in_view, views)], p=1)] if views else []
     move = A.Affine(scale=(0.8, 1.2), rotate=(-20, 20), translate_percent=0.08, fill_mask=IGNORE, p=0.9)
-    return A.Compose([A.HorizontalFlip(p=0.5), move, A.RandomBrightnessContrast(0.2, 0.2, p=0.5)])
+    return A.Compose([*first, A.HorizontalFlip(p=0.5), move, A.RandomBrightnessContrast(0.2, 0.2, p=0.5)])
 
 # %% ../nbs/01_data.ipynb #c855a6eb
 class Augment(ItemTransform):

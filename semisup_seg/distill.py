@@ -16,13 +16,13 @@ from pathlib import Path
 
 from .annotate import annotate, validation_dice
 from .core import DatasetError, Shown, atomic, check_dataset, check_numbers, check_rates, split_files, unlabeled_files
-from .data import check_size, seg_dls
+from .data import check_size, seg_dls, standard_augment
 from .learner import fit, save_model, load_model, seg_learner
 from .models.core import build_model, check_request
-from .recipe import Again, Mix, Trusted, get_recipe, pseudo_loader
+from .recipe import Again, Mix, Seen, Trusted, get_recipe, pseudo_loader
 from .record import Annotations, read_annotations
 from .report import Report, judged_files, make_report, save_report, score_images
-from .views import get_views
+from .views import get_views, view_size
 
 from fastai.callback.core import Callback
 from fastai.learner import Learner
@@ -58,7 +58,9 @@ def check_run(
     _check_out(out, path)
     for name,backbone in [*bases, target]:
         low = check_request(name)[0].min_size
-        if min(size)<low: raise ValueError(f'size is {size}; {name} needs at least {low} pixels a side')
+        for v in (None, *views):
+            at = min(view_size(v, size) if v else size)
+            if at<low: raise ValueError(f'size is {size}{f", {at} pixels in the view {v.name}" if v else ""}; {name} needs at least {low} pixels a side')
     summary = check_dataset(path)
     if bases and 'unlabeled' not in summary.counts: raise DatasetError(f'{path}: no folder unlabeled_images; distillation needs images without labels')
     for name,backbone in {*bases, target}: build_model(name, backbone, pretrained=pretrained if backbone else False)
@@ -141,14 +143,15 @@ def new_learner(
     seed:int=0,       # Fixes the first weights and the order of the images
     ann:Annotations=None, # The pseudo-labels to learn from besides
     pieces:list=(),   # Of a recipe: how to learn from them
+    augment=standard_augment, # As in `seg_dls`
 )->Learner:
     "An untrained `Learner`, its loaders filled with labelled images and with those of `ann`"
     set_seed(seed, reproducible=True)  # first: the loaders draw their own seed when they are made
     for p in pieces: ann = p.choose(ann) if isinstance(p, Trusted) else ann
     mix = _mix(pieces)
     n,k = mix.split(bs) if mix else (bs, 0)
-    if mix: mix.loader = pseudo_loader(ann, size, k)
-    dls = seg_dls(path, size, n, pseudo=ann.pairs if ann and not mix else None, epoch_len=images and max(images//bs, 1)*n)
+    if mix: mix.loader = pseudo_loader(ann, size, k, augment)
+    dls = seg_dls(path, size, n, augment, pseudo=ann.pairs if ann and not mix else None, epoch_len=images and max(images//bs, 1)*n)
     return seg_learner(dls, *pair, pretrained=pretrained if pair[1] else False)
 
 # %% ../nbs/40_distill.ipynb #abc41ea1
@@ -228,6 +231,10 @@ def _images(summary, recipe, bs):
     mix,labelled = _mix(get_recipe(recipe)), summary.counts['train']
     return max(labelled+summary.counts['unlabeled'], -(-labelled//(mix.split(bs)[0] if mix else bs))*bs)
 
+def _augment(recipe, views, size):
+    "What makes the transform of the training images, for teachers and target alike"
+    return next((p.augment(views, size) for p in get_recipe(recipe) if isinstance(p, Seen)), standard_augment)
+
 # %% ../nbs/40_distill.ipynb #e1bdd777
 def _study(run, target, recipe, voters, views, schedule, **kw):
     "Train the target on what `voters` say, in as many rounds as the recipe asks for; its file and the pseudo-labels"
@@ -284,7 +291,7 @@ def distill(
     weights = pretrained if isinstance(pretrained, bool) else str(pretrained)
     asked = dict(bases=bases, target=target, views=views, bs=bs, size=size, **schedule, seed=seed, pretrained=weights, recipe=pieces)
     run = open_run(out, asked, fingerprint(path), resume)
-    kw = dict(path=path, size=size, bs=bs, pretrained=pretrained, images=_images(summary, recipe, bs) if bases else None)
+    kw = dict(path=path, size=size, bs=bs, pretrained=pretrained, images=_images(summary, recipe, bs) if bases else None, augment=_augment(recipe, views, size))
     teachers = _teach(run, bases, schedule, seed=seed, **kw)
     _try_views(run, list(teachers.values()), views, path, bs)
     file,ann = _study(run, target, recipe, list(teachers.values()), views, schedule, seed=seed+max(len(bases), 1), **kw)

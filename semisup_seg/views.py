@@ -7,7 +7,7 @@ Docs: https://semisup-seg.github.io/semisup_seg/views.html.md"""
 # %% auto #0
 __all__ = ['views', 'View', 'register_view', 'h_flip', 'v_flip', 'hv_flip', 'rotate_90', 'rotate_270', 'scale_075', 'scale_125',
            'blurring', 'gaussian_blur', 'median_blur', 'bilateral_filter', 'gamma', 'equalize_histogram', 'filter_2d',
-           'get_views']
+           'get_views', 'view_size']
 
 # %% ../nbs/30_views.ipynb #827d685e
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ class View:
     name:str       # As the user types it
     change:callable # uint8 `(h, w, 3)` to the same
     undo:callable  # Probabilities `(n, c, h', w')` of changed images, and the size `(h, w)` of the images, to `(n, c, h, w)`
+    moves:bool     # Whether pixels change their place, and a mask must be changed like its image
 
 views = {}
 
@@ -33,7 +34,7 @@ def register_view(
     "Decorator that files a function on uint8 images `(h, w, 3)` as the view `name`"
     def _add(change):
         if name in views and views[name].change.__qualname__!=change.__qualname__: raise ValueError(f'The view {name!r} is registered already')
-        views[name] = View(name, change, undo or (lambda p, size: p))
+        views[name] = View(name, change, undo or (lambda p, size: p), undo is not None)
         return change
     return _add
 
@@ -126,3 +127,10 @@ def get_views(
     twice = {v.name for v in res if res.count(v)>1}
     if twice: raise ValueError(f'views: {", ".join(sorted(twice))} named more than once')
     return res
+
+def view_size(
+    view:View,
+    size:tuple, # `(height, width)` of an image, pixels
+)->tuple:
+    "`(height, width)` of that image in `view`, pixels"
+    return view.change(np.zeros((*size, 3), np.uint8)).shape[:2]

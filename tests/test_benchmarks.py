@@ -157,6 +157,8 @@ def test_all_teachers_vote_whatever_seeds_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(distill, 'split_files', lambda *a: [])
     three = ['supervised-0', 'supervised-1', 'supervised-2']
     assert [bench.pseudo(arm, 1, []) for arm in ('data', 'model', 'both')]==[(three[1:2], ['H Flip']), (three, []), (three, ['H Flip'])]
+    seen = [f'supervised, seen-{s}' for s in range(3)]
+    assert [bench.pseudo(arm, 1, [distill.Seen()]) for arm in ('data', 'model', 'both')]==[(seen[1:2], distill.SEEN), (three, []), (seen, distill.SEEN)]
 
 def test_labels_to_add_are_measured(three_sets, tmp_path):
     def go(script, *args):

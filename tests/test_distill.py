@@ -97,7 +97,7 @@ def test_run_says_how_it_was_made(done):
     assert run['args']['bases']==[list(NET)] and run['args']['views']==['H Flip'] and run['args']['seed']==42 and run['args']['size']==[32, 32]
     assert run['versions']['torch']==torch.__version__.split('+')[0] or run['versions']['torch']==torch.__version__
     assert set(run['stages'])=={'start', BASE, 'views', 'annotations', TARGET, 'vote/annotations'} and len(run['data'])>=16
-    assert run['args']['recipe'].startswith('Mix(share=0.5), ') and run['stages'][BASE]['steps']==run['stages'][TARGET]['steps']==2
+    assert run['args']['recipe'].startswith('Seen(), Mix(share=0.5), ') and run['stages'][BASE]['steps']==run['stages'][TARGET]['steps']==2
 
 def test_views_are_tried_on_the_validation_images(done):
     path,_,out,res = done
@@ -213,7 +213,7 @@ def resnet_file(folder):
     (dict(base=('Nix', None)), "Unknown network 'Nix'"), (dict(target=('U-Net', 'resnet5O')), "Did you mean 'resnet50'"), (dict(base=('U-Net',)), 'expected .architecture, backbone'),
     (dict(base=3), 'expected .architecture, backbone'), (dict(target=('U-Net', 'vit_tiny_patch16_224')), 'vit_tiny_patch16_224'), (dict(views=[]), 'views: none'),
     (dict(views=['Rotate']), "Unknown view 'Rotate'"), (dict(views=['Gamma', 'gamma']), 'more than once'), (dict(size=32), 'size is 32'), (dict(size=(8, 8)), 'size is'),
-    (dict(target=('PAN', 'test_resnet')), 'PAN needs at least 128'), (dict(bs=0), 'bs is 0'), (dict(bs=2.0), 'bs is 2.0'), (dict(bs=True), 'bs is True'),
+    (dict(target=('PAN', 'test_resnet')), 'PAN needs at least 128'), (dict(views=['Scale 0.75']), '24 pixels in the view Scale 0.75; U-Net needs at least 32'), (dict(bs=0), 'bs is 0'), (dict(bs=2.0), 'bs is 2.0'), (dict(bs=True), 'bs is True'),
     (dict(target=('DeepLabV3+', 'test_resnet'), bs=1), 'bs is 1'), (dict(epochs=0), 'epochs is 0'), (dict(epochs='9'), 'epochs is'), (dict(freeze_epochs=-1), 'freeze_epochs is -1'),
     (dict(seed=-1), 'seed is -1'), (dict(seed=None), 'seed is None'), (dict(lr=0), 'lr is 0'), (dict(lr=-1e-3), 'lr is'), (dict(lr=float('nan')), 'lr is nan'),
     (dict(lr='fast'), 'lr is'), (dict(pretrained='nowhere.pth'), 'nowhere.pth.*no such file')])
@@ -363,6 +363,35 @@ def test_one_network_in_memory_at_a_time(monkeypatch, trained_discs, tmp_path):
     assert most==[0]*5  # three teachers, the target, the target read back
 
 # --- recipes in a run
+
+@pytest.fixture
+def augmented(monkeypatch):
+    "The views that the training images of each network are shown in: of labelled images, and of pseudo-labelled ones"
+    labelled,pseudo = [], []
+    def watch(name, calls, at):
+        real = getattr(D, name)
+        def call(*a): return [v.name for v in a[at].args[0]] if hasattr(a[at], 'args') else 'standard'
+        def wrapped(*a, **kw):
+            calls.append(call(*a))
+            return real(*a, **kw)
+        monkeypatch.setattr(D, name, wrapped)
+    watch('seg_dls', labelled, 3)
+    watch('pseudo_loader', pseudo, 3)
+    return labelled, pseudo
+
+def test_teacher_and_target_are_shown_the_views_that_vote(augmented, trained_discs, tmp_path):
+    go(trained_discs, tmp_path/'out', views=['V Flip', 'Gamma', 'Scale 0.75'], size=(48, 48))
+    assert augmented[0][:2]==[['V Flip', 'Gamma']]*2 and augmented[1]==[['V Flip', 'Gamma']]
+
+@pytest.mark.parametrize('recipe', ['naive', [Mix(), Hard()]])
+def test_without_seen_nothing_is_shown_in_views(augmented, trained_discs, tmp_path, recipe):
+    go(trained_discs, tmp_path/'out', views=['V Flip'], recipe=recipe)
+    assert augmented[0][:2]==['standard']*2 and augmented[1]==['standard'][:recipe!='naive']
+
+def test_without_views_there_is_nothing_to_see(augmented, trained_discs, tmp_path):
+    simple_training(NET, trained_discs, tmp_path/'a', **OPTIONS)
+    model_distillation([NET, NET], NET, trained_discs, tmp_path/'b', **OPTIONS)
+    assert all(o in ([], 'standard') for o in sum(augmented, []))
 
 def test_naive_takes_masks_as_labels(trained_discs, tmp_path, counted):
     go(trained_discs, tmp_path/'out', recipe='naive')

@@ -9,10 +9,11 @@ from fastai.torch_core import set_seed
 
 from semisup_seg.annotate import annotate
 from semisup_seg.core import IGNORE, unlabeled_files
-from semisup_seg.data import seg_dls
+from semisup_seg.data import seg_dls, standard_augment
 from semisup_seg.learner import CEDiceLoss, one_hot, seg_learner
-from semisup_seg.recipe import EMA, Confident, CutMix, Hard, Mix, Strong, Trusted, get_recipe, pseudo_loader, random_box, recipes
+from semisup_seg.recipe import EMA, Confident, CutMix, Hard, Mix, Seen, Strong, Trusted, get_recipe, pseudo_loader, random_box, recipes
 from semisup_seg.record import Annotations
+from semisup_seg.views import views
 
 @pytest.fixture(scope='module')
 def path(tmp_path_factory): return make_discs(tmp_path_factory.mktemp('data')/'discs', unlabeled=6)
@@ -51,6 +52,55 @@ def test_trusted_keeps_the_top(tmp_path, share, kept):
 def test_trusted_does_not_bring_back_what_was_rejected_or_unread(tmp_path):
     rows = [row(0, 0.9, used=False), row(1, 0.8), row(2, None, used=False, mask='')]
     assert [r['used'] for r in Trusted(1.).choose(Annotations(tmp_path, rows, [])).rows]==[False, True, False]
+
+# --- which views
+
+def corner(h, w, c=3):
+    "An image whose top left is bright, and its mask"
+    mask = np.zeros((h, w), np.uint8)
+    mask[:h//4, :w//4] = 1
+    return np.repeat(mask[..., None], c, -1)*200, mask
+
+def first_change(views, size, **pair):
+    "Sixty draws of what the views make of image and mask, before the standard changes"
+    tfm = Seen().augment(views, size)().transforms[0]
+    tfm.set_random_seed(0)
+    return [tfm(**pair) for _ in range(60)]
+
+def test_image_and_mask_move_together_into_each_view():
+    moved = ['H Flip', 'V Flip', 'H+V Flip', 'Rotate 90', 'Rotate 270']
+    image,mask = corner(32, 32)
+    draws = first_change(moved, (32, 32), image=image, mask=mask)
+    assert all((o['image'][..., 0]==o['mask']*200).all() for o in draws)
+    want = {np.ascontiguousarray(f(mask)).tobytes() for f in [lambda m: m, *(views[n].change for n in moved)]}
+    assert {o['mask'].tobytes() for o in draws}==want and len(want)==4  # a corner: the quarter turns fall on the flips
+
+def test_probabilities_move_as_masks_do():
+    image,mask = corner(32, 32)
+    soft = np.stack([255-mask*255, mask*255], -1).astype(np.float32)
+    for o in first_change(['V Flip'], (32, 32), image=image, mask=soft): assert (o['mask'][..., 1]*200==o['image'][..., 0]*255.).all()
+
+def test_light_leaves_the_mask():
+    image,mask = corner(32, 32)
+    draws = first_change(['Gamma', 'Blurring'], (32, 32), image=image//2, mask=mask)
+    assert all((o['mask']==mask).all() for o in draws) and len({o['image'].tobytes() for o in draws})==3
+
+@pytest.mark.parametrize('names,size,kept', [(['Scale 0.75', 'Scale 1.25'], (32, 32), []), (['Rotate 90', 'V Flip'], (32, 48), ['V Flip']), (['Rotate 90', 'V Flip'], (32, 32), ['Rotate 90', 'V Flip']), ([], (32, 32), [])])
+def test_views_of_another_size_are_left_to_the_vote(names, size, kept):
+    make = Seen().augment(names, size)
+    assert [v.name for v in make.args[0]]==kept and make()(image=corner(*size)[0], mask=corner(*size)[1])['image'].shape==(*size, 3)
+    assert len(make().transforms)==len(standard_augment().transforms)+bool(kept)
+
+def test_the_image_counts_as_much_as_each_view():
+    image,mask = corner(32, 32)
+    same = np.mean([(o['mask']==mask).all() for o in first_change(['V Flip'], (32, 32), image=image, mask=mask)])
+    assert 0.3<same<0.7
+
+def test_a_new_mirror_is_seen_by_seed():
+    make,(image,mask) = Seen().augment(['V Flip'], (32, 32)), corner(32, 32)
+    a,b = make(), make()
+    for t in (a, b): t.set_random_seed(5)
+    for _ in range(5): assert (a(image=image, mask=mask)['mask']==b(image=image, mask=mask)['mask']).all()
 
 # --- the loader
 

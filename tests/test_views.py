@@ -10,6 +10,8 @@ rng = np.random.default_rng(0)
 KINDS = dict(grey=np.repeat(rng.integers(0, 256, (33, 50, 1)), 3, -1).astype(np.uint8), colour=rng.integers(0, 256, (33, 50, 3)).astype(np.uint8),
     black=np.zeros((20, 31, 3), np.uint8), white=np.full((20, 31, 3), 255, np.uint8))
 
+def test_what_moves_has_a_way_back(): assert {n for n,v in views.items() if v.moves}=={*MOVES, *TURNS, *SCALES}
+
 def test_the_names(): assert sorted(views)==sorted(NAMES) and all(v.name==n for n,v in views.items())
 
 @pytest.mark.parametrize('kind', KINDS)
