@@ -39,7 +39,7 @@ class Following(OnPseudo):
 
 MAIN = {'supervised': None, 'ceiling': None, 'supervised, seen': None, 'ceiling, seen': None,
     'naive': ('data', 'naive'), 'data': ('data', 'default'), 'model': ('model', 'default'), 'both': ('both', 'default'),
-    'data, not seen': ('data', [Mix(), Hard(), EMA()]), 'both, not seen': ('both', [Mix(), Hard(), EMA()])}
+    'data, not seen': ('data', [Mix(), Hard(), EMA()]), 'both, not seen': ('both', [Mix(), Hard(), EMA()]), 'both, a quarter': ('both', [Seen(), Mix(0.25), Hard(), EMA()])}
 ABLATION = {  # chkstyle: ignore-node
     'mix': [Mix(), Hard()],
     'mix, soft': [Mix()],
@@ -55,6 +55,10 @@ ABLATION = {  # chkstyle: ignore-node
     'mix, soft, CutMix, EMA': [Mix(), CutMix(), EMA()],
     'mix, strong, CutMix, EMA, following': [Mix(), Hard(), Strong(), CutMix(), EMA(), Following()],
     'mix, EMA, from the teacher': [Mix(), Hard(), EMA()],  # begins with the teacher's weights
+    'mix, soft, EMA, seen': [Seen(), Mix(), EMA()],
+    'mix, confident, EMA, seen': [Seen(), Mix(), Confident(), Hard(), EMA()],
+    'mix, CutMix, EMA, seen': [Seen(), Mix(), Hard(), CutMix(), EMA()],
+    'mix a quarter, EMA, seen': [Seen(), Mix(0.25), Hard(), EMA()],
     'all but again': [Trusted(), Mix(), Confident(), Strong(), CutMix(), EMA()]}
 
 def shown(arm, pieces):
@@ -129,10 +133,11 @@ class Bench:
         return dict(set=self.key, labels=self.labels, network=self.network, arm=arm, seed=seed, size=self.o.size, bs=self.o.bs, **row,
             dev=f'{np.nanmean(dev):.4f}' if dev else '', pseudo=f'{self.truth(ann):.4f}' if ann else '')
 
-    def views(self):
-        "Rows of how the teachers do on the validation images with each flip beside the image, and with all"
-        teachers,pairs,flips = [self.model('supervised', s) for s in TEACHERS], split_files(self.path, 'valid'), ['H Flip', 'V Flip', 'H+V Flip']
-        return [dict(set=self.key, views=', '.join(v), **{f'teacher {s}': f'{d:.4f}' for s,d in zip(TEACHERS, validation_dice(teachers, pairs, self.o.bs, v))}) for v in ([], *([f] for f in flips), flips)]
+    def views(self, arm):
+        "Rows of how the teachers of `arm` do on the validation images with each flip beside the image, with all flips, and with the quarter turns too"
+        teachers,pairs,flips = [self.model(arm, s) for s in TEACHERS], split_files(self.path, 'valid'), SEEN[:3]
+        return [dict(set=self.key, arm=arm, views=', '.join(v), **{f'teacher {s}': f'{d:.4f}' for s,d in zip(TEACHERS, validation_dice(teachers, pairs, self.o.bs, v))})
+            for v in ([], *([f] for f in flips), flips, SEEN)]
 
 def write_rows(file, rows, columns):
     with atomic(file) as f, f.open('w', newline='', encoding='utf-8') as fh:
@@ -180,11 +185,11 @@ def main():
     p.add_argument('--spread', action='store_true', help='take the labels evenly from all groups, a few slices of each scan, rather than whole groups')
     p.add_argument('--network', default='U-Net', choices=NETWORKS)
     p.add_argument('--arms', nargs='+', default=list(MAIN), choices=[*MAIN, *ABLATION])
-    p.add_argument('--views', action='store_true', help='instead of training, try the flips on the validation images; writes views.csv beside OUT')
+    p.add_argument('--views', choices=('supervised', 'supervised, seen'), help='instead of training, try views on the validation images with the teachers of this arm; writes its rows to views.csv beside OUT')
     o = parsed(p)
     if o.views:
-        rows = [r for name in o.sets for r in Bench(o, name, o.labels, o.network).views()]
-        return write_rows(o.out.with_name('views.csv'), rows, list(rows[0]))
+        rows,file = [r for name in o.sets for r in Bench(o, name, o.labels, o.network).views(o.views)], o.out.with_name('views.csv')
+        return write_rows(file, [*(r for r in read_rows(file) if r['arm']!=o.views), *rows], list(rows[0]))
     for name in o.sets:
         bench = Bench(o, name, o.labels, o.network)
         for arm in o.arms:

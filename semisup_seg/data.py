@@ -90,10 +90,10 @@ def show_results(
 # %% ../nbs/01_data.ipynb #d953a132
 def _changed(change, a, **_): return np.ascontiguousarray(change(a))
 
-def _in_view(v): return A.Lambda(image=partial(_changed, v.change), mask=partial(_changed, v.change) if v.moves else None, p=1)
+def _in_view(v): return A.Lambda(image=partial(_changed, v.change), mask=partial(_changed, v.change), p=1)
 
 def standard_augment(
-    views=(), # `View`s that keep the size of an image
+    views=(), # `View`s that move pixels and keep the size of an image
 ):
     "Mirror, turn, scale, shift and relight: mild changes that suit most images; nothing is claimed beyond the border. An image is first shown as it is or in one of `views`, whichever chance picks"
     first = [A.OneOf([A.NoOp(p=1), *map(_in_view, views)], p=1)] if views else []

@@ -26,7 +26,7 @@ from ipywidgets import HTML, BoundedIntText, Checkbox, Combobox, Dropdown, Float
 # %% ../nbs/51_form.ipynb #a8552cf3
 _WIDE = dict(style=dict(description_width='10rem'), layout=dict(width='min(44rem, 98%)'))
 
-RECIPES = dict(default='labels and pseudo-labels in every batch, the weights averaged', naive='pseudo-labels as if they were labels')
+RECIPES = dict(default='trained in the views that vote, labels and pseudo-labels in every batch, the weights averaged', naive='pseudo-labels as if they were labels')
 
 def _described(names): return [(f'{n}: {about}', n) for n,about in names.items()]
 

@@ -48,13 +48,13 @@ class Again:
 
 # %% ../nbs/33_recipe.ipynb #911dc517
 class Seen:
-    "Train every network in the views that vote, too"
+    "Train every network in the views that vote, too, where they move pixels and keep the size"
     __repr__ = basic_repr()
     def augment(self,
         views:list, # Names of `views`
         size:tuple, # `(height, width)`, pixels
     ):              # Makes the albumentations transform of the training images
-        fit = [v for v in get_views(views) if view_size(v, size)==tuple(size)]
+        fit = [v for v in get_views(views) if v.moves and view_size(v, size)==tuple(size)]
         return partial(standard_augment, fit)
 
 # %% ../nbs/33_recipe.ipynb #3dfbd513

@@ -23,7 +23,7 @@ class View:
     name:str       # As the user types it
     change:callable # uint8 `(h, w, 3)` to the same
     undo:callable  # Probabilities `(n, c, h', w')` of changed images, and the size `(h, w)` of the images, to `(n, c, h, w)`
-    moves:bool     # Whether pixels change their place, and a mask must be changed like its image
+    moves:bool=False # Whether pixels change their place, so that a mask is to be changed like its image
 
 views = {}
 

@@ -124,13 +124,26 @@ def test_distillation_is_measured_and_goes_on(three_sets, tmp_path):
             '--network', 'CGNet', '--size', '32', '--bs', '40', '--steps', '3', '--seeds', '0', '--arms', *arms], capture_output=True, text=True, timeout=200)
     first = go('supervised', 'naive')
     assert first.returncode==0, first.stderr
-    second = go('supervised', 'naive', 'data', 'mix', 'mix, again')
+    second = go('supervised', 'naive', 'supervised, seen', 'data', 'mix', 'mix, again')
     assert second.returncode==0, second.stderr
     rows = read(tmp_path/'d.csv')
-    assert [r['arm'] for r in rows]==['supervised', 'naive', 'data', 'mix', 'mix, again'] and second.stdout.count('busi_320 60 CGNet')==3
+    assert [r['arm'] for r in rows]==['supervised', 'naive', 'supervised, seen', 'data', 'mix', 'mix, again'] and second.stdout.count('busi_320 60 CGNet')==4
     assert {r['steps'] for r in rows}=={'3'}
     for r in rows: assert len(r['each'].split())==40 and float(r['test'])==pytest.approx(np.nanmean([float(d) for d in r['each'].split()]), abs=1e-3)
-    assert [bool(r['pseudo']) for r in rows]==[False, True, True, True, True]
+    assert [bool(r['pseudo']) for r in rows]==[False, True, False, True, True, True]
+    assert len({r['each'] for r in rows if r['arm'].startswith('supervised')})==2, 'the views made no difference to the teacher'
+
+def test_views_are_tried_with_the_teachers_of_an_arm(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT/'benchmarks')
+    import distill
+    bench = distill.Bench.__new__(distill.Bench)
+    bench.key,bench.path,bench.out,bench.o = 'busi_320', tmp_path, tmp_path, SimpleNamespace(bs=4)
+    asked = []
+    monkeypatch.setattr(distill, 'split_files', lambda *a: [])
+    monkeypatch.setattr(distill, 'validation_dice', lambda teachers, pairs, bs, views: asked.append(teachers) or [0.5, 0.6, len(views)/10])
+    rows = bench.views('supervised, seen')
+    assert [r['views'] for r in rows]==['', 'H Flip', 'V Flip', 'H+V Flip', 'H Flip, V Flip, H+V Flip', ', '.join(distill.SEEN)] and rows[-1]['teacher 2']=='0.5000'
+    assert {r['arm'] for r in rows}=={'supervised, seen'} and {f.name for o in asked for f in o}=={f'supervised, seen-{s}.pth' for s in range(3)}
 
 def test_rows_of_a_process_beside_are_kept(three_sets, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT/'benchmarks')
@@ -194,9 +207,9 @@ def test_page_shows_the_suggestions(splits):
 DISTILLED = read(ROOT/'nbs/results/distill.csv')
 
 def test_every_setting_has_three_seeds(splits):
-    arms = {'supervised', 'naive', 'data', 'model', 'both', 'ceiling'}
-    wanted = {(n, '60', net): arms for n in splits.SETS for net in ('U-Net', 'CGNet')}
-    wanted |= {('kvasir_seg_256', '120', 'U-Net'): arms, ('covid_ct_256, spread', '60', 'U-Net'): arms-{'ceiling'}}
+    before = {'supervised', 'naive', 'data, not seen', 'model', 'both, not seen', 'ceiling'}
+    wanted = {(n, '60', 'U-Net'): before | {'data', 'both', 'supervised, seen', 'ceiling, seen'} for n in splits.SETS} | {(n, '60', 'CGNet'): before for n in splits.SETS}
+    wanted |= {('kvasir_seg_256', '120', 'U-Net'): before, ('covid_ct_256, spread', '60', 'U-Net'): before-{'ceiling'}}
     for (n,labels,net),these in wanted.items():
         for arm in these:
             mine = [r for r in DISTILLED if (r['set'], r['labels'], r['network'], r['arm'])==(n, labels, net, arm)]
@@ -206,7 +219,7 @@ def test_every_setting_has_three_seeds(splits):
 def test_page_shows_every_setting():
     page = json.loads((ROOT/'nbs/benchmarks/distill.ipynb').read_text(encoding='utf-8'))
     shown = ''.join(''.join(v) for c in page['cells'] for o in c.get('outputs', []) for k,v in o.get('data', {}).items() if k=='text/markdown')
-    for arm in ('supervised', 'naive', 'data', 'model', 'both', 'ceiling'):
+    for arm in ('supervised', 'naive', 'data, not seen', 'model', 'both, not seen', 'ceiling'):
         for net,labels in (('U-Net', '60'), ('CGNet', '60'), ('U-Net', '120')):
             tests = sorted(np.nanmean([float(d) for d in r['each'].split()]) for r in DISTILLED if (r['set'], r['network'], r['labels'], r['arm'])==('kvasir_seg_256', net, labels, arm))
             assert f'({", ".join(f"{t:.3f}" for t in tests)})' in shown, (arm, net, labels)

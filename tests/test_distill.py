@@ -381,7 +381,7 @@ def augmented(monkeypatch):
 
 def test_teacher_and_target_are_shown_the_views_that_vote(augmented, trained_discs, tmp_path):
     go(trained_discs, tmp_path/'out', views=['V Flip', 'Gamma', 'Scale 0.75'], size=(48, 48))
-    assert augmented[0][:2]==[['V Flip', 'Gamma']]*2 and augmented[1]==[['V Flip', 'Gamma']]
+    assert augmented[0][:2]==[['V Flip']]*2 and augmented[1]==[['V Flip']]
 
 @pytest.mark.parametrize('recipe', ['naive', [Mix(), Hard()]])
 def test_without_seen_nothing_is_shown_in_views(augmented, trained_discs, tmp_path, recipe):
