@@ -87,11 +87,12 @@ def check(o):
     print(check_dataset(o.data))
 
 # %% ../nbs/60_cli.ipynb #eb013434
-@command(arg('data', help='the data set folder'), arg('out', help='where the results go'), arg('--network', **NETWORK), *TRAINING)
+@command(arg('data', help='the data set folder'), arg('out', help='where the results go'), arg('--network', **NETWORK),
+    arg('--views', **dict(VIEWS, default=[]), help='flips and turns in which the training images are shown besides'), *TRAINING)
 def train(o):
     "train a network on the labelled images alone"
     from semisup_seg.distill import simple_training
-    _finish(simple_training(_pair(o.network), o.data, o.out, **_options(o)))
+    _finish(simple_training(_pair(o.network), o.data, o.out, _views(o), **_options(o)))
 
 @command(arg('data', help='the data set folder'), arg('out', help='where the results go'),
     arg('--base', action='append', **dict(NETWORK, default=None), help='a teacher, U-Net over tf_efficientnet_lite0 if none is given; once for each of several'),

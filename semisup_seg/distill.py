@@ -181,7 +181,7 @@ def _train(run, file, schedule, pieces=(), **kw):
 # %% ../nbs/40_distill.ipynb #c0ffee0a
 def _try_views(run, voters, views, path, bs):
     "Record what each view, asked beside the image, does to the mean Dice of the teachers on the validation images; warn where it harms"
-    if run.done('views') or not views: return
+    if run.done('views') or not views or not voters: return
     start,pairs = time.time(), split_files(path, 'valid')
     def _dice(*views): return sum(validation_dice(voters, pairs, bs, views))/len(voters)
     dice = {'image': _dice()} | {v: _dice(v) for v in views}
@@ -356,7 +356,8 @@ def simple_training(
     target:tuple,   # `(architecture, backbone)`
     path:str|Path,  # The data set folder
     out:str|Path,   # Where the results go
+    views:list=(),  # Names of `views` in which the training images are shown besides, as by `Seen`
     **kwargs,       # As in `distill`
 )->Result:
     "Train on the labelled images alone, and report"
-    return distill([], target, [], path, out, **kwargs)
+    return distill([], target, views, path, out, **kwargs)

@@ -61,7 +61,8 @@ def test_networks(run):
     assert (code, err)==(0, '') and out.startswith(str(network_table())) and out.rstrip().endswith(', '.join(more_networks()))
 
 def test_train(run, place, tmp_path):
-    code,out,err = run('train', place/'d', tmp_path/'out', '--network', *NET, *TINY)
+    code,out,err = run('train', place/'d', tmp_path/'out', '--network', *NET, *TINY, '--views', 'V Flip')
+    assert json.loads((tmp_path/'out/run.json').read_text())['args']['views']==['V Flip']
     assert code==0 and 'Mean Dice' in out and str(tmp_path/'out/report.html') in out and (tmp_path/'out/target_U-Net_test_resnet.pth').is_file()
 
 def test_distill_predict_annotate(run, place, tmp_path):

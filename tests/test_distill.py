@@ -388,6 +388,12 @@ def test_without_seen_nothing_is_shown_in_views(augmented, trained_discs, tmp_pa
     go(trained_discs, tmp_path/'out', views=['V Flip'], recipe=recipe)
     assert augmented[0][:2]==['standard']*2 and augmented[1]==['standard'][:recipe!='naive']
 
+def test_labels_alone_can_be_shown_in_views(augmented, trained_discs, tmp_path):
+    res = simple_training(NET, trained_discs, tmp_path/'out', views=['V Flip', 'Gamma'], **OPTIONS)
+    run = json.loads((tmp_path/'out/run.json').read_text())
+    assert augmented[0][0]==['V Flip'] and not augmented[1] and run['args']['views']==['V Flip', 'Gamma'] and 'views' not in run['stages'] and list(res.report.scores)==['target']
+    with pytest.raises(ValueError, match='other views'): simple_training(NET, trained_discs, tmp_path/'out', **OPTIONS)
+
 def test_without_views_there_is_nothing_to_see(augmented, trained_discs, tmp_path):
     simple_training(NET, trained_discs, tmp_path/'a', **OPTIONS)
     model_distillation([NET, NET], NET, trained_discs, tmp_path/'b', **OPTIONS)
