@@ -91,7 +91,7 @@ def test_the_image_counts_as_much_as_each_view():
     same = np.mean([(o['mask']==mask).all() for o in first_change(['V Flip'], (32, 32), image=image, mask=mask)])
     assert 0.3<same<0.7
 
-def test_a_new_mirror_is_seen_by_seed():
+def test_the_seed_decides_the_view():
     make,(image,mask) = Seen().augment(['V Flip'], (32, 32)), corner(32, 32)
     a,b = make(), make()
     for t in (a, b): t.set_random_seed(5)
