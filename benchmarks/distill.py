@@ -5,14 +5,14 @@
 
 `FOLDER` holds `kvasir_seg_256`, `busi_320` and `covid_ct_256`, each with `images/`, `masks/`, `codes.txt` and `groups.csv`.
 Each training adds a row to `nbs/results/distill.csv`; a row that is there is not trained again, so the same call goes on after an interruption."""
-import argparse, copy, csv, tempfile, time
+import argparse, copy, csv, random, tempfile, time
 from pathlib import Path
 
 from semisup_seg.annotate import annotate, validation_dice
 from semisup_seg.core import atomic, load_mask, read_codes, split_files, unlabeled_files
 from semisup_seg.data import seg_dls, standard_augment
 from semisup_seg.learner import fit, load_model, save_model, seg_learner
-from semisup_seg.recipe import EMA, Again, Confident, CutMix, Hard, Mix, OnPseudo, Seen, Strong, Trusted, get_recipe, pseudo_loader
+from semisup_seg.recipe import EMA, TURNS, Again, Confident, CutMix, Hard, Mix, OnPseudo, Seen, Strong, Trusted, get_recipe, pseudo_loader, random_box
 from semisup_seg.report import _scores as score_mask, score_images
 
 import numpy as np, torch
@@ -22,7 +22,6 @@ from splits import SETS, TABLE, lay_out, splits, spread
 
 NETWORKS = {'U-Net': ('U-Net', 'tf_efficientnet_lite0'), 'CGNet': ('CGNet', None)}
 VIEWS = dict(kvasir_seg_256=['H Flip', 'V Flip', 'H+V Flip'], busi_320=['H Flip'], covid_ct_256=['H Flip'])  # chosen on the validation images, see --views
-SEEN = ['H Flip', 'V Flip', 'H+V Flip', 'Rotate 90', 'Rotate 270']  # of the arms whose networks were shown their views
 TEACHERS = 0, 1, 2  # the seeds of those who vote together
 COLUMNS = 'set', 'labels', 'network', 'arm', 'seed', 'size', 'bs', 'steps', 'seconds', 'valid', 'dev', 'test', 'pseudo', 'each'
 
@@ -37,33 +36,53 @@ class Following(OnPseudo):
         with torch.no_grad(): q = self.net.eval()(x.as_subclass(torch.Tensor)).float().softmax(1)
         return x, torch.where(p.sum(1, keepdim=True)>0, (1-w)*p+w*q, 0)
 
+class Swap(Callback):
+    "Exchange a box between half of the pseudo-labelled images and a labelled one each (Bai et al. 2023)"
+    order,run_valid = 6,False
+    def __repr__(self): return 'Swap()'
+    def before_batch(self):
+        n,x,p = self.learn.labelled, self.x.clone(), self.y.clone()
+        for i in range(n, len(x)):
+            if random.random()<0.5: continue
+            top,left,h,w = random_box(*x.shape[-2:], random.uniform(0.05, 0.5))
+            for o in (x, p): o[[i-n, i], :, top:top+h, left:left+w] = o[[i, i-n], :, top:top+h, left:left+w]
+        self.learn.xb,self.learn.yb = (x,), (p,)
+
 MAIN = {'supervised': None, 'ceiling': None, 'supervised, seen': None, 'ceiling, seen': None,
-    'naive': ('data', 'naive'), 'data': ('data', 'default'), 'model': ('model', 'default'), 'both': ('both', 'default'),
-    'data, not seen': ('data', [Mix(), Hard(), EMA()]), 'both, not seen': ('both', [Mix(), Hard(), EMA()]), 'both, a quarter': ('both', [Seen(), Mix(0.25), Hard(), EMA()])}
-ABLATION = {  # chkstyle: ignore-node
-    'mix': [Mix(), Hard()],
-    'mix, soft': [Mix()],
-    'mix, confident': [Mix(), Confident(), Hard()],
-    'mix, strong': [Mix(), Hard(), Strong()],
-    'mix, CutMix': [Mix(), Hard(), CutMix()],
-    'mix, EMA': [Mix(), Hard(), EMA()],
-    'mix, trusted': [Trusted(), Mix(), Hard()],
-    'mix, again': [Mix(), Hard(), Again()],
-    'mix, CutMix, EMA': [Mix(), Hard(), CutMix(), EMA()],
-    'mix, soft, EMA': [Mix(), EMA()],
-    'mix, strong, CutMix, EMA': [Mix(), Hard(), Strong(), CutMix(), EMA()],
-    'mix, soft, CutMix, EMA': [Mix(), CutMix(), EMA()],
-    'mix, strong, CutMix, EMA, following': [Mix(), Hard(), Strong(), CutMix(), EMA(), Following()],
-    'mix, EMA, from the teacher': [Mix(), Hard(), EMA()],  # begins with the teacher's weights
-    'mix, soft, EMA, seen': [Seen(), Mix(), EMA()],
-    'mix, confident, EMA, seen': [Seen(), Mix(), Confident(), Hard(), EMA()],
-    'mix, CutMix, EMA, seen': [Seen(), Mix(), Hard(), CutMix(), EMA()],
-    'mix a quarter, EMA, seen': [Seen(), Mix(0.25), Hard(), EMA()],
-    'all but again': [Trusted(), Mix(), Confident(), Strong(), CutMix(), EMA()]}
+    'naive': ('data', 'naive'), 'data': ('data', 'default'), 'model': ('model', 'default'), 'both': ('both', 'default')}
+OTHER = {  # chkstyle: ignore-node
+    'both, soft': ('both', [Seen(), Mix(), EMA()]),
+    'both, swap': ('both', [Seen(), Mix(), Hard(), Swap(), EMA()]),
+    'both, CutMix': ('both', [Seen(), Mix(), Hard(), CutMix(), EMA()]),
+    'both, a quarter': ('both', [Seen(), Mix(0.25), Hard(), EMA()]),
+    'data, not seen': ('data', [Mix(), Hard(), EMA()]),
+    'model, not seen': ('model', [Mix(), Hard(), EMA()]),
+    'both, not seen': ('both', [Mix(), Hard(), EMA()]),
+    **{arm: ('data', pieces) for arm,pieces in {
+        'mix': [Mix(), Hard()],
+        'mix, soft': [Mix()],
+        'mix, confident': [Mix(), Confident(), Hard()],
+        'mix, strong': [Mix(), Hard(), Strong()],
+        'mix, CutMix': [Mix(), Hard(), CutMix()],
+        'mix, EMA': [Mix(), Hard(), EMA()],
+        'mix, trusted': [Trusted(), Mix(), Hard()],
+        'mix, again': [Mix(), Hard(), Again()],
+        'mix, CutMix, EMA': [Mix(), Hard(), CutMix(), EMA()],
+        'mix, soft, EMA': [Mix(), EMA()],
+        'mix, strong, CutMix, EMA': [Mix(), Hard(), Strong(), CutMix(), EMA()],
+        'mix, soft, CutMix, EMA': [Mix(), CutMix(), EMA()],
+        'mix, strong, CutMix, EMA, following': [Mix(), Hard(), Strong(), CutMix(), EMA(), Following()],
+        'mix, EMA, from the teacher': [Mix(), Hard(), EMA()],  # begins with the teacher's weights
+        'mix, soft, EMA, seen': [Seen(), Mix(), EMA()],
+        'mix, confident, EMA, seen': [Seen(), Mix(), Confident(), Hard(), EMA()],
+        'mix, CutMix, EMA, seen': [Seen(), Mix(), Hard(), CutMix(), EMA()],
+        'mix a quarter, EMA, seen': [Seen(), Mix(0.25), Hard(), EMA()],
+        'all but again': [Trusted(), Mix(), Confident(), Strong(), CutMix(), EMA()]}.items()}}
+ARMS = {**MAIN, **OTHER}
 
 def shown(arm, pieces):
-    "Whether the networks of an arm are trained in the views; model distillation has none"
-    return arm.endswith(', seen') or arm!='model' and any(isinstance(p, Seen) for p in pieces)
+    "Whether the networks of an arm are trained in the views"
+    return arm.endswith(', seen') or any(isinstance(p, Seen) for p in pieces)
 
 class Bench:
     "All trainings on one set with one number of labels and one network"
@@ -89,8 +108,8 @@ class Bench:
 
     def pseudo(self, arm, seed, pieces):
         "The pseudo-labels of an arm: of one teacher, of all, or of the student of an earlier arm"
-        kind,seen = MAIN[arm][0] if arm in MAIN else 'data', ', seen' if shown(arm, pieces) else ''
-        views = [] if kind=='model' else SEEN if seen else VIEWS[self.name]
+        kind,seen = ARMS[arm][0], ', seen' if shown(arm, pieces) else ''
+        views = [] if kind=='model' else TURNS if seen else VIEWS[self.name]
         if any(isinstance(p, Again) for p in pieces): ann = self.label(f'{arm}-{seed}', [self.model(arm.partition(', again')[0], seed)], views)
         elif kind=='data': ann = self.label(f'data{seen}-{seed}', [self.model(f'supervised{seen}', seed)], views)
         else: ann = self.label(f'{kind}{seen}', [self.model(f'supervised{seen}', s) for s in TEACHERS], views)
@@ -125,19 +144,19 @@ class Bench:
 
     def train(self, arm, seed):
         "Train one arm; its row"
-        pieces = get_recipe(ABLATION[arm] if arm in ABLATION else MAIN[arm][1] if MAIN[arm] else [])
-        ann = self.pseudo(arm, seed, pieces) if arm in ABLATION or MAIN[arm] else None
+        pieces = get_recipe(ARMS[arm][1] if ARMS[arm] else [])
+        ann = self.pseudo(arm, seed, pieces) if ARMS[arm] else None
         learn,row = self.teach(self.whole if arm.startswith('ceiling') else self.path, self.model(arm, seed), seed, pieces, ann,
-            self.model('supervised', seed) if arm.endswith('from the teacher') else None, Seen().augment(SEEN, self.size) if shown(arm, pieces) else standard_augment)
+            self.model('supervised', seed) if arm.endswith('from the teacher') else None, Seen().augment(TURNS, self.size) if shown(arm, pieces) else standard_augment)
         dev = self.scores(learn, self.others(arm))
         return dict(set=self.key, labels=self.labels, network=self.network, arm=arm, seed=seed, size=self.o.size, bs=self.o.bs, **row,
             dev=f'{np.nanmean(dev):.4f}' if dev else '', pseudo=f'{self.truth(ann):.4f}' if ann else '')
 
     def views(self, arm):
         "Rows of how the teachers of `arm` do on the validation images with each flip beside the image, with all flips, and with the quarter turns too"
-        teachers,pairs,flips = [self.model(arm, s) for s in TEACHERS], split_files(self.path, 'valid'), SEEN[:3]
+        teachers,pairs,flips = [self.model(arm, s) for s in TEACHERS], split_files(self.path, 'valid'), TURNS[:3]
         return [dict(set=self.key, arm=arm, views=', '.join(v), **{f'teacher {s}': f'{d:.4f}' for s,d in zip(TEACHERS, validation_dice(teachers, pairs, self.o.bs, v))})
-            for v in ([], *([f] for f in flips), flips, SEEN)]
+            for v in ([], *([f] for f in flips), flips, TURNS)]
 
 def write_rows(file, rows, columns):
     with atomic(file) as f, f.open('w', newline='', encoding='utf-8') as fh:
@@ -156,7 +175,7 @@ def put(file, key, row, columns):
     print({k: v for k,v in row.items() if k!='each'}, flush=True)
     write_rows(file, [*(r for r in read_rows(file) if not same(key)(r)), row], columns)
 
-def options(doc, out):
+def options(doc, out, steps):
     "The arguments that the benchmarks of this folder share, and those of one training"
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data', type=Path, required=True, help='folder of the three sets')
@@ -167,7 +186,7 @@ def options(doc, out):
     p.add_argument('--seeds', nargs='+', type=int, default=TEACHERS, help='of the trainings; those of the teachers that vote together are always 0, 1 and 2')
     p.add_argument('--size', type=int, default=64)
     p.add_argument('--bs', type=int, default=16)
-    p.add_argument('--steps', type=int, default=300, help='about; whole epochs')
+    p.add_argument('--steps', type=int, default=steps, help='about; whole epochs')
     p.add_argument('--lr', type=float, default=2e-3)
     return p
 
@@ -180,11 +199,11 @@ def parsed(p):
 
 def main():
     "Train what has no row yet"
-    p = options(__doc__, 'distill.csv')
+    p = options(__doc__, 'distill.csv', 600)
     p.add_argument('--labels', type=int, default=60, choices=(60, 120))
     p.add_argument('--spread', action='store_true', help='take the labels evenly from all groups, a few slices of each scan, rather than whole groups')
     p.add_argument('--network', default='U-Net', choices=NETWORKS)
-    p.add_argument('--arms', nargs='+', default=list(MAIN), choices=[*MAIN, *ABLATION])
+    p.add_argument('--arms', nargs='+', default=list(MAIN), choices=list(ARMS))
     p.add_argument('--views', choices=('supervised', 'supervised, seen'), help='instead of training, try views on the validation images with the teachers of this arm; writes its rows to views.csv beside OUT')
     o = parsed(p)
     if o.views:
@@ -194,7 +213,7 @@ def main():
         bench = Bench(o, name, o.labels, o.network)
         for arm in o.arms:
             for seed in o.seeds:
-                key = dict(set=bench.key, labels=str(o.labels), network=o.network, arm=arm, seed=str(seed))
+                key = dict(set=bench.key, labels=str(o.labels), network=o.network, arm=arm, seed=str(seed), steps=str(bench.epochs*bench.every))
                 if have(o.out, key) and (not arm.startswith('supervised') or bench.model(arm, seed).exists()): continue
                 print(*key.values(), flush=True)
                 put(o.out, key, bench.train(arm, seed), COLUMNS)

@@ -1,7 +1,7 @@
 """Is it worth labelling the images that `suggest` names? Twenty labels more, suggested, least trusted or drawn at random, and the same training again.
 
     pip install -e '.[bench,offline]'
-    python benchmarks/distill.py --data FOLDER --arms supervised
+    python benchmarks/distill.py --data FOLDER --arms supervised --steps 300
     python benchmarks/suggest.py --data FOLDER
 
 The first call trains the teachers of 60 labels, whose doubt is asked. Each training adds a row to `nbs/results/suggest.csv`, and is not repeated."""
@@ -38,7 +38,7 @@ def train(bench, how, seed, more):
 
 def main():
     "Train what has no row yet"
-    p = options(__doc__, 'suggest.csv')
+    p = options(__doc__, 'suggest.csv', 300)
     p.add_argument('--how', nargs='+', default=HOW, choices=HOW)
     p.add_argument('--more', type=int, default=20, help='labels to add to the 60')
     o = parsed(p)
@@ -48,7 +48,7 @@ def main():
         for how in o.how:
             for seed in o.seeds:
                 key = dict(set=name, how=how, seed=str(seed), more=str(o.more))
-                if not bench.model('supervised', seed).exists(): raise SystemExit(f'{bench.model("supervised", seed)}: no such file; train the teachers first: distill.py --arms supervised')
+                if not bench.model('supervised', seed).exists(): raise SystemExit(f'{bench.model("supervised", seed)}: no such file; train the teachers first: distill.py --arms supervised --steps {o.steps}')
                 if not have(o.out, key): put(o.out, key, train(bench, how, seed, o.more), COLUMNS)
 
 if __name__=='__main__': main()

@@ -142,7 +142,7 @@ def test_views_are_tried_with_the_teachers_of_an_arm(tmp_path, monkeypatch):
     monkeypatch.setattr(distill, 'split_files', lambda *a: [])
     monkeypatch.setattr(distill, 'validation_dice', lambda teachers, pairs, bs, views: asked.append(teachers) or [0.5, 0.6, len(views)/10])
     rows = bench.views('supervised, seen')
-    assert [r['views'] for r in rows]==['', 'H Flip', 'V Flip', 'H+V Flip', 'H Flip, V Flip, H+V Flip', ', '.join(distill.SEEN)] and rows[-1]['teacher 2']=='0.5000'
+    assert [r['views'] for r in rows]==['', 'H Flip', 'V Flip', 'H+V Flip', 'H Flip, V Flip, H+V Flip', ', '.join(distill.TURNS)] and rows[-1]['teacher 2']=='0.5000'
     assert {r['arm'] for r in rows}=={'supervised, seen'} and {f.name for o in asked for f in o}=={f'supervised, seen-{s}.pth' for s in range(3)}
 
 def test_rows_of_a_process_beside_are_kept(three_sets, tmp_path, monkeypatch):
@@ -171,7 +171,7 @@ def test_all_teachers_vote_whatever_seeds_are_asked_for(tmp_path, monkeypatch):
     three = ['supervised-0', 'supervised-1', 'supervised-2']
     assert [bench.pseudo(arm, 1, []) for arm in ('data', 'model', 'both')]==[(three[1:2], ['H Flip']), (three, []), (three, ['H Flip'])]
     seen = [f'supervised, seen-{s}' for s in range(3)]
-    assert [bench.pseudo(arm, 1, [distill.Seen()]) for arm in ('data', 'model', 'both')]==[(seen[1:2], distill.SEEN), (three, []), (seen, distill.SEEN)]
+    assert [bench.pseudo(arm, 1, [distill.Seen()]) for arm in ('data', 'model', 'both')]==[(seen[1:2], distill.TURNS), (seen, []), (seen, distill.TURNS)]
 
 def test_labels_to_add_are_measured(three_sets, tmp_path):
     def go(script, *args):

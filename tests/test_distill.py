@@ -394,10 +394,14 @@ def test_labels_alone_can_be_shown_in_views(augmented, trained_discs, tmp_path):
     assert augmented[0][0]==['V Flip'] and not augmented[1] and run['args']['views']==['V Flip', 'Gamma'] and 'views' not in run['stages'] and list(res.report.scores)==['target']
     with pytest.raises(ValueError, match='other views'): simple_training(NET, trained_discs, tmp_path/'out', **OPTIONS)
 
-def test_without_views_there_is_nothing_to_see(augmented, trained_discs, tmp_path):
-    simple_training(NET, trained_discs, tmp_path/'a', **OPTIONS)
-    model_distillation([NET, NET], NET, trained_discs, tmp_path/'b', **OPTIONS)
-    assert all(o in ([], 'standard') for o in sum(augmented, []))
+def test_labels_alone_are_shown_no_view_unasked(augmented, trained_discs, tmp_path):
+    simple_training(NET, trained_discs, tmp_path/'out', **OPTIONS)
+    assert augmented[0][0]=='standard' and not augmented[1]
+
+def test_teachers_that_vote_on_the_image_alone_are_shown_all_turns(augmented, trained_discs, tmp_path):
+    model_distillation([NET, NET], NET, trained_discs, tmp_path/'out', **OPTIONS)
+    turns = ['H Flip', 'V Flip', 'H+V Flip', 'Rotate 90', 'Rotate 270']
+    assert augmented[0][:3]==[turns]*3 and augmented[1]==[turns]
 
 def test_naive_takes_masks_as_labels(trained_discs, tmp_path, counted):
     go(trained_discs, tmp_path/'out', recipe='naive')

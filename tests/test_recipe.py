@@ -80,11 +80,20 @@ def test_probabilities_move_as_masks_do():
     soft = np.stack([255-mask*255, mask*255], -1).astype(np.float32)
     for o in first_change(['V Flip'], (32, 32), image=image, mask=soft): assert (o['mask'][..., 1]*200==o['image'][..., 0]*255.).all()
 
-@pytest.mark.parametrize('names,size,kept', [(['Scale 0.75', 'Scale 1.25', 'Gamma', 'Blurring', 'Equalize histogram'], (32, 32), []), (['Rotate 90', 'V Flip'], (32, 48), ['V Flip']), (['Rotate 90', 'V Flip'], (32, 32), ['Rotate 90', 'V Flip']), ([], (32, 32), [])])
+@pytest.mark.parametrize('names,size,kept', [(['Scale 0.75', 'Scale 1.25', 'Gamma', 'Blurring', 'Equalize histogram'], (32, 32), []), (['Rotate 90', 'V Flip'], (32, 48), ['V Flip']), (['Rotate 90', 'V Flip'], (32, 32), ['Rotate 90', 'V Flip'])])
 def test_views_of_another_size_or_light_are_left_to_the_vote(names, size, kept):
     make = Seen().augment(names, size)
     assert [v.name for v in make.args[0]]==kept and make()(image=corner(*size)[0], mask=corner(*size)[1])['image'].shape==(*size, 3)
     assert len(make().transforms)==len(standard_augment().transforms)+bool(kept)
+
+def shown(make): return [v.name for v in make.args[0]]
+
+def test_where_no_view_votes_all_turns_are_shown():
+    flips,turns = ['H Flip', 'V Flip', 'H+V Flip'], ['Rotate 90', 'Rotate 270']
+    assert shown(Seen().augment([], (32, 32)))==flips+turns and shown(Seen().augment([], (32, 48)))==flips
+    for asked in ([], ['V Flip']): assert shown(Seen(['H Flip']).augment(asked, (32, 32)))==['H Flip']
+    assert repr([Seen(), Seen(['H Flip'])])=="[Seen(), Seen(['H Flip'])]"
+    with pytest.raises(ValueError, match="Did you mean 'V Flip'"): Seen(['V Flp'])
 
 def test_the_image_counts_as_much_as_each_view():
     image,mask = corner(32, 32)
