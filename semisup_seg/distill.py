@@ -291,7 +291,8 @@ def distill(
     weights = pretrained if isinstance(pretrained, bool) else str(pretrained)
     asked = dict(bases=bases, target=target, views=views, bs=bs, size=size, **schedule, seed=seed, pretrained=weights, recipe=pieces)
     run = open_run(out, asked, fingerprint(path), resume)
-    kw = dict(path=path, size=size, bs=bs, pretrained=pretrained, images=_images(summary, recipe, bs) if bases else None, augment=_augment(recipe, views, size) if bases or views else standard_augment)
+    augment = _augment(recipe, views, size) if bases or views else standard_augment
+    kw = dict(path=path, size=size, bs=bs, pretrained=pretrained, images=_images(summary, recipe, bs) if bases else None, augment=augment)
     teachers = _teach(run, bases, schedule, seed=seed, **kw)
     _try_views(run, list(teachers.values()), views, path, bs)
     file,ann = _study(run, target, recipe, list(teachers.values()), views, schedule, seed=seed+max(len(bases), 1), **kw)
