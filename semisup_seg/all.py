@@ -10,7 +10,7 @@ from semisup_seg.record import Annotations, correlation, predict_dice, read_anno
 from semisup_seg.vote import agreement, entropy, vote, votes
 from semisup_seg.views import View, get_views, register_view, views
 from semisup_seg.annotate import annotate, validation_dice, write_masks
-from semisup_seg.recipe import Again, Confident, CutMix, EMA, Hard, Mix, OnPseudo, Strong, Trusted, get_recipe, recipes
+from semisup_seg.recipe import Again, Confident, CutMix, EMA, Hard, Mix, OnPseudo, Seen, Strong, Trusted, get_recipe, recipes
 from semisup_seg.report import Report, curves, interval, judged_files, make_report, read_report, save_report, score_images, score_masks
 from semisup_seg.distill import Result, data_distillation, distill, model_data_distillation, model_distillation, simple_training
 from semisup_seg.compare import Comparison, compare_runs

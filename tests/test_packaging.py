@@ -88,3 +88,7 @@ def test_one_import_forgets_no_chapter():
     from semisup_seg.all import __all__ as here
     forgotten = [m.__name__ for m in chapters() if not {*m.__all__} & {*here}]
     assert not forgotten, f'not in semisup_seg/all.py: {forgotten}'
+
+def test_one_import_has_the_pieces_of_the_named_recipes():
+    from semisup_seg import all as one
+    for make in one.recipes.values(): assert not {type(p).__name__ for p in make()} - {*one.__all__}
