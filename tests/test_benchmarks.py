@@ -1,8 +1,8 @@
 "The benchmark runs, and what it wrote covers all that is claimed"
-import csv, json, subprocess, sys
+import csv, json, random, subprocess, sys
 from types import SimpleNamespace
 
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from conftest import ROOT, photo, disc, save
 
 from semisup_seg.models.core import networks
@@ -160,6 +160,27 @@ def test_rows_of_a_process_beside_are_kept(three_sets, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['distill.py', '--data', str(three_sets), '--work', str(tmp_path), '--out', str(out), '--splits', str(tmp_path/'t.csv'), '--sets', 'busi_320', '--seeds', '0', '--arms', 'naive'])
     distill.main()
     assert [r['arm'] for r in read(out)]==['ceiling', 'naive']
+
+def test_trainings_of_another_length_have_rows_of_their_own(three_sets, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT/'benchmarks')
+    import distill
+    monkeypatch.setattr(distill.Bench, 'train', lambda self, arm, seed: dict.fromkeys(distill.COLUMNS, '1') | dict(set=self.key, labels=self.labels, network=self.network, arm=arm, seed=seed, steps=self.epochs*self.every))
+    for steps in (5, 10, 10):
+        monkeypatch.setattr(sys, 'argv', ['distill.py', '--data', str(three_sets), '--work', str(tmp_path), '--out', str(tmp_path/'d.csv'), '--splits', str(tmp_path/'t.csv'), '--sets', 'busi_320', '--seeds', '0', '--arms', 'naive', '--bs', '40', '--steps', str(steps)])
+        distill.main()
+    assert len({r['steps'] for r in read(tmp_path/'d.csv')})==len(read(tmp_path/'d.csv'))==2
+
+def test_swapped_boxes_take_their_targets_along(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT/'benchmarks')
+    import distill
+    x = torch.arange(8.)[:, None, None, None].expand(8, 3, 16, 16).clone()
+    swap = distill.Swap()
+    swap.learn = SimpleNamespace(labelled=4, x=x, y=x.clone())
+    random.seed(1)
+    swap.before_batch()
+    (a,),(b,) = swap.learn.xb, swap.learn.yb
+    assert (a==b).all() and (a!=x).any() and (x==swap.learn.y).all()
+    for i in range(4): assert {*a[[i, i+4]].unique().tolist()}=={i, i+4} and (a[i]+a[i+4]==2*i+4).all()
 
 def test_all_teachers_vote_whatever_seeds_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT/'benchmarks')
