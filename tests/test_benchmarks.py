@@ -164,7 +164,9 @@ def test_rows_of_a_process_beside_are_kept(three_sets, tmp_path, monkeypatch):
 def test_trainings_of_another_length_have_rows_of_their_own(three_sets, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT/'benchmarks')
     import distill
-    monkeypatch.setattr(distill.Bench, 'train', lambda self, arm, seed: dict.fromkeys(distill.COLUMNS, '1') | dict(set=self.key, labels=self.labels, network=self.network, arm=arm, seed=seed, steps=self.epochs*self.every))
+    def train(self, arm, seed):
+        return dict.fromkeys(distill.COLUMNS, '1') | dict(set=self.key, labels=self.labels, network=self.network, arm=arm, seed=seed, steps=self.epochs*self.every)
+    monkeypatch.setattr(distill.Bench, 'train', train)
     for steps in (5, 10, 10):
         monkeypatch.setattr(sys, 'argv', ['distill.py', '--data', str(three_sets), '--work', str(tmp_path), '--out', str(tmp_path/'d.csv'), '--splits', str(tmp_path/'t.csv'), '--sets', 'busi_320', '--seeds', '0', '--arms', 'naive', '--bs', '40', '--steps', str(steps)])
         distill.main()
