@@ -8,14 +8,17 @@ The figures go to `nbs/results/annotate.json`, which the benchmark's notebook re
 import argparse, json, platform, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
-from semisup_seg.annotate import annotate, opinions
-from semisup_seg.core import load_image, parse_codes, split_files
-from semisup_seg.data import resize_image, seg_dls
-from semisup_seg.learner import fit, load_model, save_model, seg_learner, to_mask
+from semisup_seg.annotation.annotate import annotate
+from semisup_seg.training.inference import opinions
+from semisup_seg.data.images import load_image, parse_codes
+from semisup_seg.data.folder import split_files
+from semisup_seg.data.loaders import resize_image, seg_dls
+from semisup_seg.training.learner import fit, seg_learner
+from semisup_seg.training.inference import load_model, save_model, to_mask
 from semisup_seg.models.core import build_model
-from semisup_seg.record import correlation
-from semisup_seg.views import get_views
-from semisup_seg.vote import Ballot, entropy
+from semisup_seg.annotation.records import correlation
+from semisup_seg.annotation.views import get_views
+from semisup_seg.annotation.voting import Ballot, entropy
 
 import numpy as np, torch
 from fastai.torch_core import set_seed
@@ -105,7 +108,7 @@ PROBE = """import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from annotate import network
-from semisup_seg.annotate import annotate
+from semisup_seg.annotation.annotate import annotate
 files, out, kw = sys.argv[2].split('|'), sys.argv[3], eval(sys.argv[4])
 teachers = [network('FPENet', 128) for _ in range(kw.pop('teachers', 1))]
 annotate(teachers, files, out, **kw)

@@ -8,12 +8,15 @@ Each training adds a row to `nbs/results/distill.csv`; a row that is there is no
 import argparse, copy, csv, random, tempfile, time
 from pathlib import Path
 
-from semisup_seg.annotate import annotate, validation_dice
-from semisup_seg.core import atomic, load_mask, read_codes, split_files, unlabeled_files
-from semisup_seg.data import seg_dls, standard_augment
-from semisup_seg.learner import fit, load_model, save_model, seg_learner
-from semisup_seg.recipe import EMA, TURNS, Again, Confident, CutMix, Hard, Mix, OnPseudo, Seen, Strong, Trusted, get_recipe, pseudo_loader, random_box
-from semisup_seg.report import _scores as score_mask, score_images
+from semisup_seg.annotation.annotate import annotate, validation_dice
+from semisup_seg.core import atomic
+from semisup_seg.data.images import load_mask, read_codes
+from semisup_seg.data.folder import split_files, unlabeled_files
+from semisup_seg.data.loaders import seg_dls, standard_augment
+from semisup_seg.training.learner import fit, seg_learner
+from semisup_seg.training.inference import load_model, save_model
+from semisup_seg.distillation.recipe import EMA, TURNS, Again, Confident, CutMix, Hard, Mix, OnPseudo, Seen, Strong, Trusted, get_recipe, pseudo_loader, random_box
+from semisup_seg.evaluation.scores import _scores as score_mask, score_images
 
 import numpy as np, torch
 from fastai.torch_core import set_seed

@@ -8,9 +8,9 @@ The first call trains the teachers of 60 labels, whose doubt is asked. Each trai
 import csv, random, shutil
 from pathlib import Path
 
-from semisup_seg.core import split_files
-from semisup_seg.review import add_label
-from semisup_seg.suggest import suggest
+from semisup_seg.data.folder import split_files
+from semisup_seg.annotation.review import add_label
+from semisup_seg.annotation.suggest import suggest
 
 from distill import VIEWS, Bench, have, options, parsed, put
 

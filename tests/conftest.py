@@ -53,7 +53,7 @@ def tree(path):
 
 def make_model(codes='rest,0\ndisc,255', n_out=2, name='U-Net', backbone='test_resnet', size=SIZE, seed=0):
     "A network that was never trained, but knows its classes and its size"
-    from semisup_seg.core import parse_codes
+    from semisup_seg.data.images import parse_codes
     from semisup_seg.models.core import build_model
     import semisup_seg.models.smp  # registers its networks  # chkstyle: ignore
     torch.manual_seed(seed)

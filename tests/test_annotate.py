@@ -5,14 +5,17 @@ import numpy as np, pytest, torch
 from conftest import disc, make_model, photo, python, save, tree
 from PIL import Image
 
-import semisup_seg.annotate as N, semisup_seg.record as R
-from semisup_seg.annotate import annotate, opinions, validation_dice, write_masks
-from semisup_seg.core import DatasetError, load_image, load_mask, parse_codes, split_files, unlabeled_files
-from semisup_seg.data import resize_image
-from semisup_seg.learner import predict, save_model, to_mask
-from semisup_seg.record import COLUMNS, Annotations, correlation, predict_dice, read_annotations, show_annotations, show_calibration
-from semisup_seg.views import get_views, views
-from semisup_seg.vote import vote
+import semisup_seg.annotation.annotate as N, semisup_seg.annotation.records as R
+from semisup_seg.annotation.annotate import annotate, validation_dice, write_masks
+from semisup_seg.training.inference import opinions
+from semisup_seg.core import DatasetError
+from semisup_seg.data.images import load_image, load_mask, parse_codes
+from semisup_seg.data.folder import split_files, unlabeled_files
+from semisup_seg.data.loaders import resize_image
+from semisup_seg.training.inference import predict, save_model, to_mask
+from semisup_seg.annotation.records import COLUMNS, Annotations, correlation, predict_dice, read_annotations, show_annotations, show_calibration
+from semisup_seg.annotation.views import get_views, views
+from semisup_seg.annotation.voting import vote
 
 @pytest.fixture
 def files(trained_discs): return unlabeled_files(trained_discs)

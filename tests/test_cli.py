@@ -5,14 +5,14 @@ import numpy as np, pytest, torch
 from conftest import NET, make_discs, make_model, python, save, tree
 from PIL import Image
 
-import semisup_seg.distill as D
-from semisup_seg.cli import commands, main
-from semisup_seg.compare import compare_runs
-from semisup_seg.core import load_image
-from semisup_seg.learner import save_model
+import semisup_seg.distillation.distill as D
+from semisup_seg.app.cli import commands, main
+from semisup_seg.evaluation.compare import compare_runs
+from semisup_seg.data.images import load_image
+from semisup_seg.training.inference import save_model
 
 TINY = ['--size', '32', '32', '--bs', '4', '--epochs', '1', '--freeze-epochs', '0', '--lr', '1e-3', '--scratch']
-RUN = 'from semisup_seg.cli import main; raise SystemExit(main())'
+RUN = 'from semisup_seg.app.cli import main; raise SystemExit(main())'
 
 @pytest.fixture
 def run(capsys):
@@ -56,7 +56,7 @@ def test_check(run, place):
     assert (code, err)==(0, '') and 'train      4' in out and 'unlabeled  5' in out
 
 def test_networks(run):
-    from semisup_seg.models.core import more_networks, network_table
+    from semisup_seg.models.cost import more_networks, network_table
     code,out,err = run('networks')
     assert (code, err)==(0, '') and out.startswith(str(network_table())) and out.rstrip().endswith(', '.join(more_networks()))
 
@@ -120,7 +120,7 @@ def test_distill_with_several_teachers(run, place, tmp_path):
 
 def test_demo(monkeypatch, run, cheap, tmp_path):
     few = dict(train=[40, 90], valid=[104, 105], test=[60, 64, 70], unlabeled=[10, 20, 30, 120])
-    monkeypatch.setattr('semisup_seg.datasets._brain_split', lambda n: few if n==2 else {})
+    monkeypatch.setattr('semisup_seg.data.sources._brain_split', lambda n: few if n==2 else {})
     code,out,err = run('demo', '--out', tmp_path/'demo')
     assert code==0 and err=='' and 'over 3 images' in out and 'teacher' in out and 'target' in out
     assert str(tmp_path/'demo/results/report.html') in out and (tmp_path/'demo/results/report.html').is_file()
@@ -187,7 +187,7 @@ def test_interrupted(monkeypatch, run, place, tmp_path):
 # --- as a process
 
 def test_help_needs_no_torch():
-    probe = 'import sys\nfrom semisup_seg.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit as e: print(e.code, [m for m in ("torch", "fastai", "numpy", "timm") if m in sys.modules])'
+    probe = 'import sys\nfrom semisup_seg.app.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit as e: print(e.code, [m for m in ("torch", "fastai", "numpy", "timm") if m in sys.modules])'
     for argv in (['--help'], ['distill', '--help']):
         res = python(probe, *argv)
         assert res.stdout.splitlines()[-1]=='0 []' and res.stderr==''

@@ -49,7 +49,7 @@ def test_mistakes_are_errors_before_anything_is_trained(trained_discs, tmp_path,
     assert not (tmp_path/'out').exists()
 
 def test_a_whole_run(monkeypatch, trained_discs, tmp_path):
-    from semisup_seg import distill as D
+    from semisup_seg.distillation import distill as D
     real = D.fit
     monkeypatch.setattr(D, 'fit', lambda learn, epochs, freeze_epochs, lr, **kw: real(learn, 1, 0, 1e-3, **kw))  # twenty epochs are the default
     monkeypatch.setattr(D, 'build_model', lambda *a, **kw: None)  # no weights for this encoder

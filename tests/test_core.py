@@ -6,8 +6,14 @@ from conftest import make_discs, save, tree
 from PIL import Image
 
 import semisup_seg.core as C
-from semisup_seg.core import IGNORE, PALETTE, Codes, DatasetError, Shown, Table, atomic, bar, check_dataset, image_files, load_image, load_mask
-from semisup_seg.core import overlay, parse_codes, pick, read_codes, split_files, unlabeled_files
+from semisup_seg.core import IGNORE, DatasetError, atomic, bar
+from semisup_seg.display import PALETTE, Shown, Table
+from semisup_seg.data.images import Codes, load_image, load_mask
+from semisup_seg.data.folder import check_dataset, image_files
+from semisup_seg.display import overlay
+from semisup_seg.data.images import parse_codes, read_codes
+from semisup_seg.core import pick
+from semisup_seg.data.folder import split_files, unlabeled_files
 
 rng = np.random.default_rng(0)
 GREY = np.uint8(rng.integers(0, 256, (12, 17)))

@@ -6,9 +6,11 @@ from conftest import make_discs, save
 from fastai.torch_core import set_seed
 from PIL import Image
 
-from semisup_seg.core import IGNORE, DatasetError, load_image, read_codes, split_files, unlabeled_files
-from semisup_seg.data import Augment, ReadFiles, check_size, resize_image, seg_dls, standard_augment
-from semisup_seg.learner import batches, to_tensor
+from semisup_seg.core import IGNORE, DatasetError
+from semisup_seg.data.images import load_image, read_codes
+from semisup_seg.data.folder import split_files, unlabeled_files
+from semisup_seg.data.loaders import Augment, ReadFiles, check_size, resize_image, seg_dls, standard_augment
+from semisup_seg.training.inference import batches, to_tensor
 
 def names(dl): return [f.name for f in dl.items]
 
@@ -151,7 +153,7 @@ def test_resize_takes_height_first(): assert resize_image(np.zeros((9, 9, 3), np
 
 def opened(monkeypatch, dls):
     "The files that one look at all training images opens"
-    import semisup_seg.data as data
+    import semisup_seg.data.loaders as data
     seen = []
     for f in ('load_image', 'load_mask'):
         real = getattr(data, f)

@@ -6,9 +6,11 @@ import nibabel as nib, numpy as np, pytest
 from conftest import ROOT, disc, photo, tree
 from PIL import Image
 
-import semisup_seg.datasets as D
-from semisup_seg.core import DatasetError, check_dataset, load_image, load_mask, read_codes, split_files, unlabeled_files
-from semisup_seg.datasets import SOURCES, brain_slices, busi, covid_ct, kvasir_seg
+import semisup_seg.data.archives as D, semisup_seg.data.sources as S
+from semisup_seg.core import DatasetError
+from semisup_seg.data.folder import check_dataset, split_files, unlabeled_files
+from semisup_seg.data.images import load_image, load_mask, read_codes
+from semisup_seg.data.sources import SOURCES, brain_slices, busi, covid_ct, kvasir_seg
 
 DATA = ROOT.parent/'shared/data'
 
@@ -377,7 +379,7 @@ def test_covid_every(shelf, tmp_path, every):
 
 def test_interrupted_writing_leaves_nothing(shelf, tmp_path, monkeypatch):
     def stop(*args): raise KeyboardInterrupt
-    monkeypatch.setattr(D, '_split', stop)
+    monkeypatch.setattr(S, '_split', stop)
     with pytest.raises(KeyboardInterrupt): kvasir_seg(tmp_path/'d', archive=shelf, **SMALL)
     assert not list(tmp_path.iterdir())
 

@@ -7,14 +7,16 @@ import numpy as np, pytest, timm, torch
 from conftest import NET, SIZE, make_discs, save, tree
 from PIL import Image
 
-import semisup_seg.annotate as N, semisup_seg.distill as D
-from semisup_seg.annotate import validation_dice
-from semisup_seg.compare import compare_runs
-from semisup_seg.core import DatasetError, check_dataset, load_image, load_mask, split_files
-from semisup_seg.distill import data_distillation, distill, model_data_distillation, model_distillation, simple_training
-from semisup_seg.learner import load_model, predict
-from semisup_seg.recipe import Again, Hard, Mix, Trusted
-from semisup_seg.review import add_label
+import semisup_seg.annotation.annotate as N, semisup_seg.distillation.distill as D, semisup_seg.distillation.run as R
+from semisup_seg.annotation.annotate import validation_dice
+from semisup_seg.evaluation.compare import compare_runs
+from semisup_seg.core import DatasetError
+from semisup_seg.data.folder import check_dataset, split_files
+from semisup_seg.data.images import load_image, load_mask
+from semisup_seg.distillation.distill import data_distillation, distill, model_data_distillation, model_distillation, simple_training
+from semisup_seg.training.inference import load_model, predict
+from semisup_seg.distillation.recipe import Again, Hard, Mix, Trusted
+from semisup_seg.annotation.review import add_label
 
 OPTIONS = dict(size=SIZE, bs=4, epochs=1, freeze_epochs=0, lr=1e-3, pretrained=False)
 MODELS = [f'{role}_U-Net_test_resnet.{ext}' for role in ('base', 'target') for ext in ('json', 'pth')]
@@ -108,7 +110,7 @@ def test_views_are_tried_on_the_validation_images(done):
 
 def test_a_view_that_harms_is_named(monkeypatch, tmp_path, discs, capsys):
     monkeypatch.setattr(D, 'validation_dice', lambda teachers, pairs, bs, views: [{(): 0.7, ('H Flip',): 0.695, ('V Flip',): 0.6}[views]]*len(teachers))
-    run = D.Run(tmp_path/'out', {}, '')
+    run = R.Run(tmp_path/'out', {}, '')
     for _ in range(2): D._try_views(run, ['a', 'b'], ['H Flip', 'V Flip'], discs, 2)
     said = capsys.readouterr().out
     assert said.count('V Flip: with this view the teachers score 0.600 on the validation images, 0.700 without')==1 and 'H Flip' not in said
@@ -439,8 +441,8 @@ def test_several_teachers_need_views_for_both(trained_discs, tmp_path, counted):
 # --- killed
 
 PROGRAM = """import sys, time
-import semisup_seg.annotate as N
-from semisup_seg.distill import model_data_distillation
+import semisup_seg.annotation.annotate as N
+from semisup_seg.distillation.distill import model_data_distillation
 real = N.load_image
 def slow(f):
     time.sleep(0.05)

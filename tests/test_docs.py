@@ -12,7 +12,7 @@ from axe_playwright_python.sync_playwright import Axe
 
 root = Path(__file__).resolve().parent.parent
 DOCS_URL = 'https://semisup-seg.github.io/semisup_seg/'
-MAIN = 'index', 'tutorials/quickstart', 'core', 'distill', 'benchmarks/distill'
+MAIN = 'index', 'tutorials/quickstart', 'data.folder', 'distillation.distill', 'benchmarks/distill'
 WIDTHS = 390, 1440
 
 @pytest.fixture(scope='module')
@@ -78,7 +78,7 @@ def test_index(page):
     assert page.locator('#quarto-sidebar').get_by_text('Quickstart').count()
 
 def test_api_page(page):
-    main = visit(page, 'core')
+    main = visit(page, 'data.folder')
     assert main.locator('#check_dataset').count()
     signature = main.locator('pre', has_text='def check_dataset').first.inner_text()
     assert 'path' in signature and '# The data set folder' in signature

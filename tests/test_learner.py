@@ -12,11 +12,17 @@ from fastai.torch_core import set_seed
 from PIL import Image
 from torch import nn
 
-import semisup_seg.learner as L
-from semisup_seg.core import IGNORE, DatasetError, load_image, split_files, unlabeled_files
-from semisup_seg.data import seg_dls
-from semisup_seg.learner import CEDiceLoss, KeepBest, dice, encoder_decoder, find_lr, fit, jaccard, load_model, overlap_counts, overlap_metrics
-from semisup_seg.learner import predict, save_model, seg_learner, to_mask
+import semisup_seg.training.learner as L
+from semisup_seg.core import IGNORE, DatasetError
+from semisup_seg.data.images import load_image
+from semisup_seg.data.folder import split_files, unlabeled_files
+from semisup_seg.data.loaders import seg_dls
+from semisup_seg.training.losses import CEDiceLoss
+from semisup_seg.training.learner import KeepBest, encoder_decoder, find_lr, fit
+from semisup_seg.training.metrics import dice, jaccard, overlap_counts, overlap_metrics
+from semisup_seg.training.inference import load_model
+from semisup_seg.training.inference import predict, save_model, to_mask
+from semisup_seg.training.learner import seg_learner
 
 @pytest.fixture
 def learn(trained_discs):
@@ -28,7 +34,7 @@ def scripted(monkeypatch):
     "Let the validation Dice of each epoch be what the test says, the learning-rate finder aside"
     def _script(values):
         left = iter(values)
-        monkeypatch.setattr(L.Overlap, 'value', property(lambda _: next(left)))
+        monkeypatch.setattr(semisup_seg.training.metrics.Overlap, 'value', property(lambda _: next(left)))
     return _script
 
 def state(model): return {k: v.clone() for k,v in model.state_dict().items()}

@@ -7,9 +7,13 @@ import pytest, timm, torch
 from conftest import ROOT, Touch, python
 from safetensors.torch import save_file
 
-from semisup_seg.core import Table
-from semisup_seg.models.core import LITE, build_model, check_request, cost, file_weights, load_encoder, more_networks, n_params
-from semisup_seg.models.core import network_table, networks, packaged_weights, speeds, stages
+from semisup_seg.display import Table
+from semisup_seg.models.weights import LITE, file_weights, load_encoder
+from semisup_seg.models.core import build_model, check_request
+from semisup_seg.models.cost import cost, more_networks, n_params
+from semisup_seg.models.cost import network_table, speeds, stages
+from semisup_seg.models.core import networks
+from semisup_seg.models.weights import packaged_weights
 
 LITE0 = 'tf_efficientnet_lite0'
 SMALL = dict(HRNet='hrnet_w18_small', DPT='test_vit', Segformer='mit_b0')

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from fastai.torch_core import norm_types
 
 import semisup_seg
-from semisup_seg.datasets import _brain_volumes
-from semisup_seg.learner import CEDiceLoss, dice, encoder_decoder, overlap_counts, seg_learner
+from semisup_seg.data.sources import _brain_volumes
+from semisup_seg.training.losses import CEDiceLoss
+from semisup_seg.training.metrics import dice, overlap_counts
+from semisup_seg.training.learner import encoder_decoder, seg_learner
 from semisup_seg.models.core import build_model, networks
 from test_models import SMALL
 
@@ -123,7 +125,7 @@ def test_freezing_finds_encoder_and_decoder(net):
 
 @each
 def test_a_frozen_encoder_stays_while_the_decoder_learns(name, backbone, trained_discs):
-    from semisup_seg.data import seg_dls
+    from semisup_seg.data.loaders import seg_dls
     size = max(32, networks[name].min_size)
     learn = seg_learner(seg_dls(trained_discs, size=(size, size), bs=2), name, backbone)
     learn.freeze()

@@ -55,7 +55,7 @@ def test_requirements(metadata):
 def test_commands(wheel):
     entries = ConfigParser(delimiters=['='])
     entries.read_string(wheel.read(next(n for n in wheel.namelist() if n.endswith('entry_points.txt'))).decode())
-    assert entries['console_scripts']['semisup-seg']=='semisup_seg.cli:main'
+    assert entries['console_scripts']['semisup-seg']=='semisup_seg.app.cli:main'
     assert entries['nbdev']['semisup_seg']=='semisup_seg._modidx:d'
 
 def test_one_version(): assert semisup_seg.__version__==cfg['version']

@@ -7,13 +7,15 @@ from conftest import SIZE, make_discs, make_model
 from fastai.callback.core import Callback, CancelFitException
 from fastai.torch_core import set_seed
 
-from semisup_seg.annotate import annotate
-from semisup_seg.core import IGNORE, unlabeled_files
-from semisup_seg.data import seg_dls, standard_augment
-from semisup_seg.learner import CEDiceLoss, one_hot, seg_learner
-from semisup_seg.recipe import EMA, Confident, CutMix, Hard, Mix, Seen, Strong, Trusted, get_recipe, pseudo_loader, random_box, recipes
-from semisup_seg.record import Annotations
-from semisup_seg.views import views
+from semisup_seg.annotation.annotate import annotate
+from semisup_seg.core import IGNORE
+from semisup_seg.data.folder import unlabeled_files
+from semisup_seg.data.loaders import seg_dls, standard_augment
+from semisup_seg.training.losses import CEDiceLoss, one_hot
+from semisup_seg.training.learner import seg_learner
+from semisup_seg.distillation.recipe import EMA, Confident, CutMix, Hard, Mix, Seen, Strong, Trusted, get_recipe, pseudo_loader, random_box, recipes
+from semisup_seg.annotation.records import Annotations
+from semisup_seg.annotation.views import views
 
 @pytest.fixture(scope='module')
 def path(tmp_path_factory): return make_discs(tmp_path_factory.mktemp('data')/'discs', unlabeled=6)

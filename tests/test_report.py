@@ -6,12 +6,16 @@ import numpy as np, pytest
 from conftest import make_discs, make_model, photo, save, tree
 from html.parser import HTMLParser
 
-from semisup_seg.annotate import annotate
-from semisup_seg.compare import compare_runs
-from semisup_seg.core import DatasetError, load_mask, split_files, unlabeled_files
-from semisup_seg.learner import overlap_counts, predict
-from semisup_seg.record import Annotations, read_annotations
-from semisup_seg.report import Report, curves, interval, judged_files, make_report, pick_cases, read_report, save_report, score_images, score_masks
+from semisup_seg.annotation.annotate import annotate
+from semisup_seg.evaluation.compare import compare_runs
+from semisup_seg.core import DatasetError
+from semisup_seg.data.images import load_mask
+from semisup_seg.data.folder import split_files, unlabeled_files
+from semisup_seg.training.metrics import overlap_counts
+from semisup_seg.training.inference import predict
+from semisup_seg.annotation.records import Annotations, read_annotations
+from semisup_seg.evaluation.report import Report, curves, judged_files, make_report, pick_cases, read_report, save_report
+from semisup_seg.evaluation.scores import interval, score_images, score_masks
 
 HISTORY = [dict(stage='all', train_loss=1., valid_loss=1.1, dice=0.5, jaccard=0.4)]*3
 nan = float('nan')
@@ -82,7 +86,7 @@ def test_masks_are_read_one_at_a_time(monkeypatch, trained_discs, tiny):
             assert len(read)==i  # the mask before has been judged
             yield load_mask(pairs[i][1], tiny.codes)
     pairs = split_files(trained_discs, 'test')
-    monkeypatch.setattr('semisup_seg.report.overlap_counts', lambda *a, real=overlap_counts: read.append(1) or real(*a))
+    monkeypatch.setattr('semisup_seg.evaluation.scores.overlap_counts', lambda *a, real=overlap_counts: read.append(1) or real(*a))
     assert len(score_masks(masks(), pairs, tiny.codes))==2
 
 def test_several_classes_and_one_that_is_nowhere(tmp_path):
@@ -248,7 +252,7 @@ def test_report_comes_back(page):
     assert back.verdict()==rep.verdict()
 
 def test_a_result_shows_its_report_and_where_it_lies(page):
-    from semisup_seg.distill import Result
+    from semisup_seg.distillation.distill import Result
     res = Result(None, page[1], None, page[4])
     for shown in (str(res), res._repr_markdown_(), html.unescape(res._repr_html_())): assert page[1].verdict() in shown and str(page[4]/'report.html') in shown
     assert page[1]._repr_html_() in res._repr_html_() and '<i>' not in res._repr_html_() and 'teacher 1 &lt;i&gt;' in res._repr_html_()

@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np, pytest
 from conftest import make_discs, make_model, photo, disc, python, save, tree
 
-from semisup_seg.annotate import annotate
-from semisup_seg.core import DatasetError, check_dataset, load_mask, unlabeled_files
-from semisup_seg.record import Annotations, read_annotations
-from semisup_seg.review import Review, add_label
-from semisup_seg.suggest import cover, suggest
+from semisup_seg.annotation.annotate import annotate
+from semisup_seg.core import DatasetError
+from semisup_seg.data.folder import check_dataset, unlabeled_files
+from semisup_seg.data.images import load_mask
+from semisup_seg.annotation.records import Annotations, read_annotations
+from semisup_seg.annotation.review import Review, add_label
+from semisup_seg.annotation.suggest import cover, suggest
 
 @pytest.fixture
 def judged(tmp_path):
@@ -85,7 +87,7 @@ def test_a_mask_that_does_not_fit_is_no_label(judged, tmp_path, mask, said):
     assert tree(judged.path)==before
 
 def test_killed_between_label_and_image(judged, tmp_path):
-    code = "import os, sys; from semisup_seg import review; review.os.replace = lambda *a: os._exit(9) if 'unlabeled' in str(a[0]) else os.rename(*a); review.add_label(*sys.argv[1:])"
+    code = "import os, sys; from semisup_seg.annotation import review; review.os.replace = lambda *a: os._exit(9) if 'unlabeled' in str(a[0]) else os.rename(*a); review.add_label(*sys.argv[1:])"
     args = judged.path, judged.rows[0]['image'], judged.ann.out/judged.rows[0]['mask']
     assert python(code, *args).returncode==9 and (judged.path/'Labels/train/u0.png').exists()
     add_label(*args)
@@ -112,7 +114,7 @@ def test_images_go_back_when_the_table_cannot_be_written(judged, monkeypatch):
     judged.judge(0, 'accepted')
     before = whole(judged)
     def full(*args): raise OSError('No space left on device')
-    monkeypatch.setattr('semisup_seg.review.write_rows', full)
+    monkeypatch.setattr('semisup_seg.annotation.review.write_rows', full)
     with pytest.raises(OSError, match='No space'): judged.move()
     assert whole(judged)==before and judged.rows[0]['judgement']=='accepted'
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest, yaml
 from IPython.core.inputtransformer2 import TransformerManager
 
-from semisup_seg.datasets import kvasir_seg
+from semisup_seg.data.sources import kvasir_seg
 from test_sync import MACHINE_PATH
 
 root = Path(__file__).resolve().parent.parent

@@ -1,7 +1,7 @@
 "Views: one by one, exact where they move pixels, valid where they change light"
 import numpy as np, pytest, torch
 
-from semisup_seg.views import View, get_views, register_view, views
+from semisup_seg.annotation.views import View, get_views, register_view, views
 
 NAMES = ['H Flip', 'V Flip', 'H+V Flip', 'Rotate 90', 'Rotate 270', 'Scale 0.75', 'Scale 1.25', 'Blurring', 'Gamma', 'Gaussian Blur', 'Median Blur', 'Bilateral Filter', 'Equalize histogram', '2D-Filter']
 MOVES = {'H Flip': (-1,), 'V Flip': (-2,), 'H+V Flip': (-2, -1)}

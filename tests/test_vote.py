@@ -3,8 +3,8 @@ import math
 
 import numpy as np, pytest, torch
 
-from semisup_seg.vote import Ballot, agreement, entropy, overlaps, vote, votes
-from semisup_seg.windows import cut, join, starts
+from semisup_seg.annotation.voting import Ballot, agreement, entropy, overlaps, vote, votes
+from semisup_seg.training.sliding_window import cut, join, starts
 
 def random_opinions(n=3, shape=(2, 3, 6, 7), seed=0):
     g = torch.Generator().manual_seed(seed)

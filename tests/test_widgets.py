@@ -5,15 +5,15 @@ import numpy as np, pytest
 from axe_playwright_python.sync_playwright import Axe
 from conftest import make_discs, make_model, save, tree
 
-from semisup_seg import widgets
-from semisup_seg.annotate import annotate
-from semisup_seg.core import unlabeled_files
-from semisup_seg.form import run_form
-from semisup_seg.plan import Plan
-from semisup_seg.record import Annotations, read_annotations
-from semisup_seg.report import read_report
-from semisup_seg.review import Review
-from semisup_seg.widgets import Listing, browse
+import semisup_seg.app.browser as widgets
+from semisup_seg.annotation.annotate import annotate
+from semisup_seg.data.folder import unlabeled_files
+from semisup_seg.app.form import run_form
+from semisup_seg.app.job import Plan
+from semisup_seg.annotation.records import Annotations, read_annotations
+from semisup_seg.evaluation.report import read_report
+from semisup_seg.annotation.review import Review
+from semisup_seg.app.browser import Listing, browse
 
 @pytest.fixture
 def run(tmp_path):
@@ -249,7 +249,7 @@ def test_form_shows_why_a_run_ended(discs, tmp_path):
 @pytest.fixture
 def app(run, tmp_path):
     "The address of Voilà, serving a notebook with the browser of `run`"
-    cell = dict(cell_type='code', id='a', metadata={}, execution_count=None, outputs=[], source=f'from semisup_seg.widgets import browse\nbrowse({str(run[1])!r}, {str(run[0])!r})')
+    cell = dict(cell_type='code', id='a', metadata={}, execution_count=None, outputs=[], source=f'from semisup_seg.app.browser import browse\nbrowse({str(run[1])!r}, {str(run[0])!r})')
     kernel = dict(name='python3', display_name='Python 3', language='python')
     (tmp_path/'app.ipynb').write_text(json.dumps(dict(cells=[cell], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)))
     with socket.socket() as s:

@@ -12,7 +12,8 @@ import segmentation_models_pytorch as smp, timm, torch
 import torch.nn.functional as F
 from torch import nn
 
-from .core import MIT, conv_bn, register
+from .weights import MIT
+from .core import conv_bn, register
 
 # %% ../../nbs/19_models.smp.ipynb #1d961b34
 def _encoder(backbone, n_in): return dict(encoder_name=backbone if backbone in MIT else f'tu-{backbone}', encoder_weights=None, in_channels=n_in)
