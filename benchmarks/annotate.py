@@ -14,11 +14,11 @@ from semisup_seg.data.images import load_image, parse_codes
 from semisup_seg.data.folder import split_files
 from semisup_seg.data.loaders import resize_image, seg_dls
 from semisup_seg.training.learner import fit, seg_learner
-from semisup_seg.training.inference import load_model, save_model, to_mask
+from semisup_seg.training.inference import load_model, save_model, probs_to_mask
 from semisup_seg.models.core import build_model
-from semisup_seg.annotation.records import correlation
+from semisup_seg.annotation.records import spearman
 from semisup_seg.annotation.views import get_views
-from semisup_seg.annotation.voting import Ballot, entropy
+from semisup_seg.annotation.voting import VoteAccumulator, entropy
 
 import numpy as np, torch
 from fastai.torch_core import set_seed
@@ -59,7 +59,7 @@ def speed(o):
     for name,size in (('CGNet', 256), ('FPENet', 128)):
         m = network(name, size)
         arrays = [resize_image(load_image(f), (size, size)) for f in files]
-        batches = [torch.from_numpy(np.stack([v.change(a) for a in arrays[i:i+8]] if v else arrays[i:i+8])).movedim(-1, 1).float()/255
+        batches = [torch.from_numpy(np.stack([v.apply(a) for a in arrays[i:i+8]] if v else arrays[i:i+8])).movedim(-1, 1).float()/255
             for i in range(0, len(files), 8) for v in [None, *get_views(FLIPS)]]
         @torch.inference_mode()
         def bare():
@@ -86,18 +86,18 @@ def steps(o):
         with torch.inference_mode():
             logits,probs = m(x), list(opinions([m], arrays, get_views(FLIPS)))
             def count():
-                b = Ballot()
+                b = VoteAccumulator()
                 for p in probs: b.add(p)
                 return b
             ballot = count()
             mean = ballot.result()[0]
-            masks = [to_mask(p, (256, 256))[0]*255 for p in mean]
+            masks = [probs_to_mask(p, (256, 256))[0]*255 for p in mean]
             def write():
                 for i,k in enumerate(masks): Image.fromarray(k).save(Path(d)/f'{i}.png', compress_level=3)
             work = {'decode': lambda: [load_image(f) for f in files], 'resize': lambda: [resize_image(i, (size, size)) for i in images],
-                'change and convert, 4 views': lambda: [torch.from_numpy(np.stack([v.change(a) for a in arrays])).movedim(-1, 1).float()/255 for v in get_views([*FLIPS, 'H Flip'][:3])],
+                'change and convert, 4 views': lambda: [torch.from_numpy(np.stack([v.apply(a) for a in arrays])).movedim(-1, 1).float()/255 for v in get_views([*FLIPS, 'H Flip'][:3])],
                 'network, 4 views': lambda: [m(x) for _ in range(4)], 'softmax, 4 views': lambda: [logits.float().softmax(1) for _ in range(4)],
-                'count the votes': count, 'agreement, entropy': lambda: (ballot.result(), entropy(mean)), 'to size, decide': lambda: [to_mask(p, (256, 256)) for p in mean], 'write': write}
+                'count the votes': count, 'agreement, entropy': lambda: (ballot.result(), entropy(mean)), 'to size, decide': lambda: [probs_to_mask(p, (256, 256)) for p in mean], 'write': write}
             with tempfile.TemporaryDirectory() as d:
                 for step,f in work.items():
                     f()
@@ -145,7 +145,7 @@ def ttach(o):
     arrays = [resize_image(load_image(f), (256, 256)) for f in sorted((o.data/'kvasir_seg_256/images').iterdir())[:8]]
     theirs = ttach.SegmentationTTAWrapper(torch.nn.Sequential(m, torch.nn.Softmax(1)), ttach.Compose([ttach.HorizontalFlip(), ttach.VerticalFlip()]))
     def ours():
-        b = Ballot()
+        b = VoteAccumulator()
         for p in opinions([m], arrays, get_views(FLIPS)): b.add(p)
         return b.total/b.weight
     @torch.inference_mode()
@@ -166,8 +166,8 @@ def doubt(o):
         with tempfile.TemporaryDirectory() as d: ann = annotate(m, [f for f,_ in test], d, [*FLIPS, 'Gamma'], valid=valid)
         mine = [r for r in ann.rows if r['image'] in known]
         true = [known[r['image']]['dice'] for r in mine]
-        rows.append(dict(set=name, images=len(mine), dice=float(np.mean(true)), **{k: correlation([r[k] for r in mine], true) for k in ('agreement', 'confidence', 'entropy')},
-            valid=correlation([r['agreement'] for r in ann.checked], [r['dice'] for r in ann.checked]),
+        rows.append(dict(set=name, images=len(mine), dice=float(np.mean(true)), **{k: spearman([r[k] for r in mine], true) for k in ('agreement', 'confidence', 'entropy')},
+            valid=spearman([r['agreement'] for r in ann.checked], [r['dice'] for r in ann.checked]),
             error=float(np.mean(np.abs(np.subtract([r['predicted_dice'] for r in mine], true)))),
             error_of_mean=float(np.mean(np.abs(np.mean([r['dice'] for r in ann.checked])-np.array(true)))),
             points=[[r['agreement'], r['predicted_dice'], t] for r,t in zip(mine, true)]))

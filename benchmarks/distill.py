@@ -15,7 +15,7 @@ from semisup_seg.data.folder import split_files, unlabeled_files
 from semisup_seg.data.loaders import seg_dls, standard_augment
 from semisup_seg.training.learner import fit, seg_learner
 from semisup_seg.training.inference import load_model, save_model
-from semisup_seg.distillation.recipe import EMA, TURNS, Again, Confident, CutMix, Hard, Mix, OnPseudo, Seen, Strong, Trusted, get_recipe, pseudo_loader, random_box
+from semisup_seg.distillation.recipe import EMA, GEOMETRIC_VIEWS, Again, ConfidenceThreshold, CutMix, HardLabels, MixedBatches, PseudoCallback, ViewAugment, StrongAugment, TopReliable, get_recipe, pseudo_loader, random_box
 from semisup_seg.evaluation.scores import _scores as score_mask, score_images
 
 import numpy as np, torch
@@ -28,11 +28,11 @@ VIEWS = dict(kvasir_seg_256=['H Flip', 'V Flip', 'H+V Flip'], busi_320=['H Flip'
 TEACHERS = 0, 1, 2  # the seeds of those who vote together
 COLUMNS = 'set', 'labels', 'network', 'arm', 'seed', 'size', 'bs', 'steps', 'seconds', 'valid', 'dev', 'test', 'pseudo', 'each'
 
-class Following(OnPseudo):
+class Following(PseudoCallback):
     "Let the moving average of the student's own weights label the images, more and more, alone from the middle of the training on (Tarvainen & Valpola 2017)"
     order = 2.5
     def before_fit(self): self.net = copy.deepcopy(self.model).eval().requires_grad_(False)
-    def change(self, x, p):
+    def transform(self, x, p):
         w = min(1, 2*self.learn.pct_train)
         if not w: return x, p
         self.net.load_state_dict(next(c for c in self.learn.cbs if isinstance(c, EMA)).average)
@@ -54,38 +54,38 @@ class Swap(Callback):
 MAIN = {'supervised': None, 'ceiling': None, 'supervised, seen': None, 'ceiling, seen': None,
     'naive': ('data', 'naive'), 'data': ('data', 'default'), 'model': ('model', 'default'), 'both': ('both', 'default')}
 OTHER = {  # chkstyle: ignore-node
-    'both, soft': ('both', [Seen(), Mix(), EMA()]),
-    'both, swap': ('both', [Seen(), Mix(), Hard(), Swap(), EMA()]),
-    'both, CutMix': ('both', [Seen(), Mix(), Hard(), CutMix(), EMA()]),
-    'both, a quarter': ('both', [Seen(), Mix(0.25), Hard(), EMA()]),
-    'data, not seen': ('data', [Mix(), Hard(), EMA()]),
-    'model, not seen': ('model', [Mix(), Hard(), EMA()]),
-    'both, not seen': ('both', [Mix(), Hard(), EMA()]),
+    'both, soft': ('both', [ViewAugment(), MixedBatches(), EMA()]),
+    'both, swap': ('both', [ViewAugment(), MixedBatches(), HardLabels(), Swap(), EMA()]),
+    'both, CutMix': ('both', [ViewAugment(), MixedBatches(), HardLabels(), CutMix(), EMA()]),
+    'both, a quarter': ('both', [ViewAugment(), MixedBatches(0.25), HardLabels(), EMA()]),
+    'data, not seen': ('data', [MixedBatches(), HardLabels(), EMA()]),
+    'model, not seen': ('model', [MixedBatches(), HardLabels(), EMA()]),
+    'both, not seen': ('both', [MixedBatches(), HardLabels(), EMA()]),
     **{arm: ('data', pieces) for arm,pieces in {
-        'mix': [Mix(), Hard()],
-        'mix, soft': [Mix()],
-        'mix, confident': [Mix(), Confident(), Hard()],
-        'mix, strong': [Mix(), Hard(), Strong()],
-        'mix, CutMix': [Mix(), Hard(), CutMix()],
-        'mix, EMA': [Mix(), Hard(), EMA()],
-        'mix, trusted': [Trusted(), Mix(), Hard()],
-        'mix, again': [Mix(), Hard(), Again()],
-        'mix, CutMix, EMA': [Mix(), Hard(), CutMix(), EMA()],
-        'mix, soft, EMA': [Mix(), EMA()],
-        'mix, strong, CutMix, EMA': [Mix(), Hard(), Strong(), CutMix(), EMA()],
-        'mix, soft, CutMix, EMA': [Mix(), CutMix(), EMA()],
-        'mix, strong, CutMix, EMA, following': [Mix(), Hard(), Strong(), CutMix(), EMA(), Following()],
-        'mix, EMA, from the teacher': [Mix(), Hard(), EMA()],  # begins with the teacher's weights
-        'mix, soft, EMA, seen': [Seen(), Mix(), EMA()],
-        'mix, confident, EMA, seen': [Seen(), Mix(), Confident(), Hard(), EMA()],
-        'mix, CutMix, EMA, seen': [Seen(), Mix(), Hard(), CutMix(), EMA()],
-        'mix a quarter, EMA, seen': [Seen(), Mix(0.25), Hard(), EMA()],
-        'all but again': [Trusted(), Mix(), Confident(), Strong(), CutMix(), EMA()]}.items()}}
+        'mix': [MixedBatches(), HardLabels()],
+        'mix, soft': [MixedBatches()],
+        'mix, confident': [MixedBatches(), ConfidenceThreshold(), HardLabels()],
+        'mix, strong': [MixedBatches(), HardLabels(), StrongAugment()],
+        'mix, CutMix': [MixedBatches(), HardLabels(), CutMix()],
+        'mix, EMA': [MixedBatches(), HardLabels(), EMA()],
+        'mix, trusted': [TopReliable(), MixedBatches(), HardLabels()],
+        'mix, again': [MixedBatches(), HardLabels(), Again()],
+        'mix, CutMix, EMA': [MixedBatches(), HardLabels(), CutMix(), EMA()],
+        'mix, soft, EMA': [MixedBatches(), EMA()],
+        'mix, strong, CutMix, EMA': [MixedBatches(), HardLabels(), StrongAugment(), CutMix(), EMA()],
+        'mix, soft, CutMix, EMA': [MixedBatches(), CutMix(), EMA()],
+        'mix, strong, CutMix, EMA, following': [MixedBatches(), HardLabels(), StrongAugment(), CutMix(), EMA(), Following()],
+        'mix, EMA, from the teacher': [MixedBatches(), HardLabels(), EMA()],  # begins with the teacher's weights
+        'mix, soft, EMA, seen': [ViewAugment(), MixedBatches(), EMA()],
+        'mix, confident, EMA, seen': [ViewAugment(), MixedBatches(), ConfidenceThreshold(), HardLabels(), EMA()],
+        'mix, CutMix, EMA, seen': [ViewAugment(), MixedBatches(), HardLabels(), CutMix(), EMA()],
+        'mix a quarter, EMA, seen': [ViewAugment(), MixedBatches(0.25), HardLabels(), EMA()],
+        'all but again': [TopReliable(), MixedBatches(), ConfidenceThreshold(), StrongAugment(), CutMix(), EMA()]}.items()}}
 ARMS = {**MAIN, **OTHER}
 
 def shown(arm, pieces):
     "Whether the networks of an arm are trained in the views"
-    return arm.endswith(', seen') or any(isinstance(p, Seen) for p in pieces)
+    return arm.endswith(', seen') or any(isinstance(p, ViewAugment) for p in pieces)
 
 class Bench:
     "All trainings on one set with one number of labels and one network"
@@ -112,11 +112,11 @@ class Bench:
     def pseudo(self, arm, seed, pieces):
         "The pseudo-labels of an arm: of one teacher, of all, or of the student of an earlier arm"
         kind,seen = ARMS[arm][0], ', seen' if shown(arm, pieces) else ''
-        views = [] if kind=='model' else TURNS if seen else VIEWS[self.name]
+        views = [] if kind=='model' else GEOMETRIC_VIEWS if seen else VIEWS[self.name]
         if any(isinstance(p, Again) for p in pieces): ann = self.label(f'{arm}-{seed}', [self.model(arm.partition(', again')[0], seed)], views)
         elif kind=='data': ann = self.label(f'data{seen}-{seed}', [self.model(f'supervised{seen}', seed)], views)
         else: ann = self.label(f'{kind}{seen}', [self.model(f'supervised{seen}', s) for s in TEACHERS], views)
-        for p in pieces: ann = p.choose(ann) if isinstance(p, Trusted) else ann
+        for p in pieces: ann = p.select(ann) if isinstance(p, TopReliable) else ann
         return ann
 
     def truth(self, ann):
@@ -128,7 +128,7 @@ class Bench:
     def teach(self, path, file, seed, pieces=(), ann=None, start=None, augment=standard_augment):
         "Train on the labels in `path` and on `ann`, beginning with the weights in `start`; save as `file`; what it cost and the scores, one by one on the test images"
         o = self.o
-        mix = next((p for p in pieces if isinstance(p, Mix)), None)
+        mix = next((p for p in pieces if isinstance(p, MixedBatches)), None)
         set_seed(seed + (1000 if ann else 0), reproducible=True)
         n,k = mix.split(o.bs) if mix else (o.bs, 0)
         dls = seg_dls(path, self.size, n, augment, pseudo=ann.pairs if ann and not mix else None, epoch_len=self.every*n)
@@ -150,16 +150,16 @@ class Bench:
         pieces = get_recipe(ARMS[arm][1] if ARMS[arm] else [])
         ann = self.pseudo(arm, seed, pieces) if ARMS[arm] else None
         learn,row = self.teach(self.whole if arm.startswith('ceiling') else self.path, self.model(arm, seed), seed, pieces, ann,
-            self.model('supervised', seed) if arm.endswith('from the teacher') else None, Seen().augment(TURNS, self.size) if shown(arm, pieces) else standard_augment)
+            self.model('supervised', seed) if arm.endswith('from the teacher') else None, ViewAugment().augment(GEOMETRIC_VIEWS, self.size) if shown(arm, pieces) else standard_augment)
         dev = self.scores(learn, self.others(arm))
         return dict(set=self.key, labels=self.labels, network=self.network, arm=arm, seed=seed, size=self.o.size, bs=self.o.bs, **row,
             dev=f'{np.nanmean(dev):.4f}' if dev else '', pseudo=f'{self.truth(ann):.4f}' if ann else '')
 
     def views(self, arm):
         "Rows of how the teachers of `arm` do on the validation images with each flip beside the image, with all flips, and with the quarter turns too"
-        teachers,pairs,flips = [self.model(arm, s) for s in TEACHERS], split_files(self.path, 'valid'), TURNS[:3]
+        teachers,pairs,flips = [self.model(arm, s) for s in TEACHERS], split_files(self.path, 'valid'), GEOMETRIC_VIEWS[:3]
         return [dict(set=self.key, arm=arm, views=', '.join(v), **{f'teacher {s}': f'{d:.4f}' for s,d in zip(TEACHERS, validation_dice(teachers, pairs, self.o.bs, v))})
-            for v in ([], *([f] for f in flips), flips, TURNS)]
+            for v in ([], *([f] for f in flips), flips, GEOMETRIC_VIEWS)]
 
 def write_rows(file, rows, columns):
     with atomic(file) as f, f.open('w', newline='', encoding='utf-8') as fh:

@@ -9,15 +9,15 @@ from semisup_seg.models.core import SegNet, build_model, networks, register
 from semisup_seg.models.cost import cost, more_networks, n_params, network_table, speeds, stages
 from semisup_seg.training.losses import CEDiceLoss
 from semisup_seg.training.learner import KeepBest, find_lr, fit, seg_learner
-from semisup_seg.training.metrics import dice, jaccard, overlap_counts, overlap_metrics
+from semisup_seg.training.metrics import dice, jaccard, confusion_counts, overlap_metrics
 from semisup_seg.training.inference import load_model, predict, save_model
-from semisup_seg.annotation.records import Annotations, correlation, predict_dice, read_annotations, show_annotations, show_calibration, trust
-from semisup_seg.annotation.voting import agreement, entropy, vote, votes
+from semisup_seg.annotation.records import Annotations, spearman, predict_dice, read_annotations, show_annotations, show_calibration, reliability
+from semisup_seg.annotation.voting import agreement, entropy, vote, vote_rules
 from semisup_seg.annotation.views import View, get_views, register_view, views
 from semisup_seg.annotation.annotate import annotate, validation_dice, write_masks
-from semisup_seg.distillation.recipe import Again, Confident, CutMix, EMA, Hard, Mix, OnPseudo, Seen, Strong, Trusted, get_recipe, recipes
-from semisup_seg.evaluation.report import Report, curves, judged_files, make_report, read_report, save_report
-from semisup_seg.evaluation.scores import interval, score_images, score_masks
+from semisup_seg.distillation.recipe import Again, ConfidenceThreshold, CutMix, EMA, HardLabels, MixedBatches, PseudoCallback, ViewAugment, StrongAugment, TopReliable, get_recipe, recipes
+from semisup_seg.evaluation.report import Report, curves, evaluation_files, make_report, read_report, save_report
+from semisup_seg.evaluation.scores import bootstrap_interval, score_images, score_masks
 from semisup_seg.distillation.distill import Result, data_distillation, distill, model_data_distillation, model_distillation, simple_training
 from semisup_seg.evaluation.compare import Comparison, compare_runs
 from semisup_seg.annotation.suggest import suggest

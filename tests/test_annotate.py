@@ -12,8 +12,8 @@ from semisup_seg.core import DatasetError
 from semisup_seg.data.images import load_image, load_mask, parse_codes
 from semisup_seg.data.folder import split_files, unlabeled_files
 from semisup_seg.data.loaders import resize_image
-from semisup_seg.training.inference import predict, save_model, to_mask
-from semisup_seg.annotation.records import COLUMNS, Annotations, correlation, predict_dice, read_annotations, show_annotations, show_calibration
+from semisup_seg.training.inference import predict, save_model, probs_to_mask
+from semisup_seg.annotation.records import COLUMNS, Annotations, spearman, predict_dice, read_annotations, show_annotations, show_calibration
 from semisup_seg.annotation.views import get_views, views
 from semisup_seg.annotation.voting import vote
 
@@ -89,7 +89,7 @@ def test_what_is_written_is_the_vote(tiny, files, tmp_path):
     for f,row in zip(files, ann.rows):
         x = torch.from_numpy(resize_image(load_image(f), (32, 32))).movedim(-1, 0)[None]/255
         with torch.no_grad(): p = (tiny(x).softmax(1) + tiny(x.flip(-2)).softmax(1).flip(-2))/2
-        mask,conf = to_mask(p[0], load_image(f).shape[:2])
+        mask,conf = probs_to_mask(p[0], load_image(f).shape[:2])
         assert (load_mask(tmp_path/row['mask'], tiny.codes)==mask).mean()>0.999 and row['confidence']==pytest.approx(conf.mean(), abs=1e-4)
 
 def test_no_views_is_what_the_teacher_predicts(tiny, files, tmp_path):
@@ -493,8 +493,8 @@ def test_a_single_voter_is_judged_by_its_confidence():
     assert predict_dice([row(1, None, 0.9)], checked)==pytest.approx([0.8])
 
 def test_correlation():
-    assert correlation([1, 2, 3], [2, 4, 9])==pytest.approx(1) and correlation([1, 2, 3], [3, 2, 1])==pytest.approx(-1)
-    assert np.isnan(correlation([1, 1], [1, 2]))
+    assert spearman([1, 2, 3], [2, 4, 9])==pytest.approx(1) and spearman([1, 2, 3], [3, 2, 1])==pytest.approx(-1)
+    assert np.isnan(spearman([1, 1], [1, 2]))
 
 def test_weights_from_the_validation_images(tiny, trained_discs, tmp_path):
     pairs = split_files(trained_discs, 'valid')
@@ -530,7 +530,7 @@ def test_confidence_and_soft_probabilities(tmp_path, window):
         conf,soft,shape = np.array(Image.open(tmp_path/f'out/confidence/{m.name}')), np.load(tmp_path/f'out/soft/{m.stem}.npy', mmap_mode='r'), load_image(f).shape[:2]
         assert (conf.dtype, conf.shape)==(np.uint8, shape) and conf.mean()/255==pytest.approx(next(r for r in ann.rows if r['image']==str(f))['confidence'], abs=2e-3)
         assert (soft.dtype, soft.shape)==(np.uint8, (2, *(shape if window else (48, 64)))) and abs(soft.sum(0, dtype=int)-255).max()<=1
-        mask,_ = to_mask(torch.from_numpy(np.float32(soft/255)), shape)
+        mask,_ = probs_to_mask(torch.from_numpy(np.float32(soft/255)), shape)
         assert (Bright.codes.decode(mask)==np.array(Image.open(m))).mean()>0.98
 
 # --- all kinds of images

@@ -6,13 +6,13 @@ from conftest import make_discs, save, tree
 from PIL import Image
 
 import semisup_seg.core as C
-from semisup_seg.core import IGNORE, DatasetError, atomic, bar
-from semisup_seg.display import PALETTE, Shown, Table
+from semisup_seg.core import IGNORE, DatasetError, atomic, progress
+from semisup_seg.display import PALETTE, Displayable, Table
 from semisup_seg.data.images import Codes, load_image, load_mask
 from semisup_seg.data.folder import check_dataset, image_files
 from semisup_seg.display import overlay
 from semisup_seg.data.images import parse_codes, read_codes
-from semisup_seg.core import pick
+from semisup_seg.core import lookup
 from semisup_seg.data.folder import split_files, unlabeled_files
 
 rng = np.random.default_rng(0)
@@ -69,10 +69,10 @@ def test_jpeg_in_colour_and_grey(tmp_path):
         got = load_image(save(tmp_path/'a.jpg', a, quality=95)).astype(int)
         assert np.abs(got-(a if a.ndim==3 else three(a))).mean()<4
 
-TURNS = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: np.rot90(a, -1)[:, ::-1],
+GEOMETRIC_VIEWS = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: np.rot90(a, -1)[:, ::-1],
     6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 1)[:, ::-1], 8: lambda a: np.rot90(a, 1)}
 
-@pytest.mark.parametrize('turn', TURNS)
+@pytest.mark.parametrize('turn', GEOMETRIC_VIEWS)
 @pytest.mark.parametrize('ext', ['png', 'tif', 'jpg'])
 @pytest.mark.parametrize('colour', [True, False], ids=['colour', 'grey'])
 def test_exif_orientation(tmp_path, turn, ext, colour):
@@ -83,7 +83,7 @@ def test_exif_orientation(tmp_path, turn, ext, colour):
     exif = Image.Exif()
     exif[0x0112] = turn
     got = load_image(save(tmp_path/f'a.{ext}', a, exif=exif)).astype(int)
-    want = TURNS[turn](a if colour else three(a))
+    want = GEOMETRIC_VIEWS[turn](a if colour else three(a))
     assert got.shape==want.shape and np.abs(got-want).mean()<6
 
 def test_image_from_memory():
@@ -283,7 +283,7 @@ def test_check_empty_folder_and_none(tmp_path):
 # --- small tools
 
 def test_pick_lists_what_is_allowed():
-    with pytest.raises(ValueError) as e: pick('xyz', dict(one=1, two=2), 'thing')
+    with pytest.raises(ValueError) as e: lookup('xyz', dict(one=1, two=2), 'thing')
     assert str(e.value)=="Unknown thing 'xyz'. Allowed: one, two"
 
 def test_atomic_keeps_the_old_file_when_the_new_one_fails(tmp_path):
@@ -306,10 +306,10 @@ def test_codes_table_is_not_shared_state():
 
 def test_bar_shows_the_rate(monkeypatch, capsys):
     monkeypatch.setattr(C, 'on_screen', lambda: True)
-    assert list(bar(iter('abc'), 3, 'images'))==['a', 'b', 'c']
+    assert list(progress(iter('abc'), 3, 'images'))==['a', 'b', 'c']
     assert 'images a second' in capsys.readouterr().out
     monkeypatch.setattr(C, 'on_screen', lambda: False)
-    assert list(bar(iter('abc'), 3, 'images'))==['a', 'b', 'c'] and capsys.readouterr().out==''
+    assert list(progress(iter('abc'), 3, 'images'))==['a', 'b', 'c'] and capsys.readouterr().out==''
 
 # --- tables in a notebook
 
@@ -334,7 +334,7 @@ def test_table_without_rows():
 def test_bars_do_not_break_a_markdown_table(): assert Table([['a|b'], ['c']])._repr_markdown_()=='| a\\|b |\n| --- |\n| c |'
 
 def test_shown_is_its_parts_in_all_three_ways():
-    class Two(Shown):
+    class Two(Displayable):
         def parts(self): return [Table([['a'], [1]]), '1 < 2']
     assert repr(Two())=='a\n1\n\n1 < 2' and Two()._repr_markdown_()=='| a |\n| --- |\n| 1 |\n\n1 < 2'
     assert '>1</td>' in Two()._repr_html_() and '1 &lt; 2' in Two()._repr_html_()

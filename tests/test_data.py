@@ -9,8 +9,8 @@ from PIL import Image
 from semisup_seg.core import IGNORE, DatasetError
 from semisup_seg.data.images import load_image, read_codes
 from semisup_seg.data.folder import split_files, unlabeled_files
-from semisup_seg.data.loaders import Augment, ReadFiles, check_size, resize_image, seg_dls, standard_augment
-from semisup_seg.training.inference import batches, to_tensor
+from semisup_seg.data.loaders import Augment, ReadResized, check_size, resize_image, seg_dls, standard_augment
+from semisup_seg.training.inference import read_batches, to_tensor
 
 def names(dl): return [f.name for f in dl.items]
 
@@ -137,7 +137,7 @@ def test_prediction_resizes_as_training_does(discs, size, kind):
         shape = dict(colour=(h, w, 3), turned=(w, h)).get(kind, (h, w))
         save(f, rng.integers(0, 65536 if kind=='deep' else 256, shape).astype(np.uint16 if kind=='deep' else np.uint8), exif=exif)
     x = seg_dls(discs, size, bs=2, augment=None).valid.one_batch()[0]
-    arrays,_ = next(batches([f for f,_ in split_files(discs, 'valid')], size))
+    arrays,_ = next(read_batches([f for f,_ in split_files(discs, 'valid')], size))
     assert torch.equal(torch.as_tensor(x), to_tensor(arrays))
 
 def test_masks_shrink_without_new_classes(tmp_path):
@@ -169,8 +169,8 @@ def test_the_second_epoch_opens_no_file(monkeypatch, trained_discs):
     assert opened(monkeypatch, dls)==[] and len(opened(monkeypatch, seg_dls(trained_discs, (32, 32), bs=2)))==len(first)
 
 def test_what_is_kept_is_bounded(trained_discs):
-    read = ReadFiles((32, 48))
+    read = ReadResized((32, 48))
     assert read.room==2**29//(32*48*4)
     read.room = 1
     a,b = [i for i,_ in split_files(trained_discs, 'train')[:2]]
-    assert read(a) is read(a) and read(b) is not read(b) and list(read.kept)==[a]
+    assert read(a) is read(a) and read(b) is not read(b) and list(read.cache)==[a]

@@ -15,7 +15,7 @@ from semisup_seg.data.folder import check_dataset, split_files
 from semisup_seg.data.images import load_image, load_mask
 from semisup_seg.distillation.distill import data_distillation, distill, model_data_distillation, model_distillation, simple_training
 from semisup_seg.training.inference import load_model, predict
-from semisup_seg.distillation.recipe import Again, Hard, Mix, Trusted
+from semisup_seg.distillation.recipe import Again, HardLabels, MixedBatches, TopReliable
 from semisup_seg.annotation.review import add_label
 
 OPTIONS = dict(size=SIZE, bs=4, epochs=1, freeze_epochs=0, lr=1e-3, pretrained=False)
@@ -174,7 +174,7 @@ def test_finished_run_is_not_trained_again(done, counted):
 
 @pytest.mark.parametrize('changed', [
     dict(epochs=2), dict(seed=1), dict(bs=2), dict(size=(48, 32)), dict(views=['V Flip']), dict(lr=2e-3), dict(freeze_epochs=1),
-    dict(recipe='naive'), dict(recipe=[Mix(0.4)])])
+    dict(recipe='naive'), dict(recipe=[MixedBatches(0.4)])])
 def test_changed_arguments_are_refused(done, counted, changed):
     path,_,out,_ = done
     before = tree(out)
@@ -273,11 +273,11 @@ def test_weights_from_a_file_are_recorded_and_used(monkeypatch, trained_discs, t
     for s in seen: assert all(torch.equal(v, want[k.removeprefix('model.')]) for k,v in s.items())
     assert len(seen)==2 and json.loads((tmp_path/'out/run.json').read_text())['args']['pretrained']==file
 
-@pytest.mark.parametrize('recipe', ['naive', 'default', [Mix(0.75), Trusted()]])
+@pytest.mark.parametrize('recipe', ['naive', 'default', [MixedBatches(0.75), TopReliable()]])
 def test_both_trainings_take_the_same_steps_on_different_images(monkeypatch, trained_discs, tmp_path, recipe):
     seen = []
     def fit(learn, cbs=(), **kw):
-        more = {f.name for p in cbs if isinstance(p, Mix) for f,_ in p.loader.items}
+        more = {f.name for p in cbs if isinstance(p, MixedBatches) for f,_ in p.loader.items}
         seen.append((len(learn.dls.train), {f.name for f in learn.dls.train_ds.items} | more))
         learn.history = [dict(stage='all', train_loss=1., valid_loss=1., dice=0.5, jaccard=0.4)]
     monkeypatch.setattr(D, 'fit', fit)
@@ -385,7 +385,7 @@ def test_teacher_and_target_are_shown_the_views_that_vote(augmented, trained_dis
     go(trained_discs, tmp_path/'out', views=['V Flip', 'Gamma', 'Scale 0.75'], size=(48, 48))
     assert augmented[0][:2]==[['V Flip']]*2 and augmented[1]==[['V Flip']]
 
-@pytest.mark.parametrize('recipe', ['naive', [Mix(), Hard()]])
+@pytest.mark.parametrize('recipe', ['naive', [MixedBatches(), HardLabels()]])
 def test_without_seen_nothing_is_shown_in_views(augmented, trained_discs, tmp_path, recipe):
     go(trained_discs, tmp_path/'out', views=['V Flip'], recipe=recipe)
     assert augmented[0][:2]==['standard']*2 and augmented[1]==['standard'][:recipe!='naive']
@@ -413,7 +413,7 @@ def test_probabilities_are_gone_at_the_end(done): assert not list(done[2].rglob(
 
 def test_second_round(trained_discs, tmp_path, counted):
     out = tmp_path/'out'
-    res = go(trained_discs, out, recipe=[Mix(), Hard(), Again()])
+    res = go(trained_discs, out, recipe=[MixedBatches(), HardLabels(), Again()])
     first = out/'round1'
     assert len(counted)==3 and (first/f'{TARGET}.pth').is_file() and len(list((first/'annotations').glob('*.png')))==5
     ann = N.annotate(first/f'{TARGET}.pth', D.unlabeled_files(trained_discs), tmp_path/'mine', ['H Flip'], SIZE, 4)
@@ -421,7 +421,7 @@ def test_second_round(trained_discs, tmp_path, counted):
     assert ann.rows[0]['confidence']==res.annotations.rows[0]['confidence'] and not list(out.rglob('*.npy'))
     assert list(res.report.scores)==['teacher', 'vote', 'target'] and len(set(json.loads((out/'run.json').read_text())['stages']) & {f'round1/{TARGET}', 'round1/annotations'})==2
 
-@pytest.mark.parametrize('recipe,message', [('nave', "Did you mean 'naive'"), ([Hard()], 'needs Mix'), ([Mix(), Mix()], 'twice'), (7, 'recipe is 7')])
+@pytest.mark.parametrize('recipe,message', [('nave', "Did you mean 'naive'"), ([HardLabels()], 'needs Mix'), ([MixedBatches(), MixedBatches()], 'twice'), (7, 'recipe is 7')])
 def test_bad_recipe_in_a_run(trained_discs, tmp_path, counted, recipe, message):
     with pytest.raises(ValueError, match=message): go(trained_discs, tmp_path/'out', recipe=recipe)
     assert not counted and not (tmp_path/'out').exists()

@@ -18,10 +18,10 @@ from semisup_seg.data.images import load_image
 from semisup_seg.data.folder import split_files, unlabeled_files
 from semisup_seg.data.loaders import seg_dls
 from semisup_seg.training.losses import CEDiceLoss
-from semisup_seg.training.learner import KeepBest, encoder_decoder, find_lr, fit
-from semisup_seg.training.metrics import dice, jaccard, overlap_counts, overlap_metrics
+from semisup_seg.training.learner import KeepBest, encoder_splitter, find_lr, fit
+from semisup_seg.training.metrics import Overlap, dice, jaccard, confusion_counts, overlap_metrics
 from semisup_seg.training.inference import load_model
-from semisup_seg.training.inference import predict, save_model, to_mask
+from semisup_seg.training.inference import predict, save_model, probs_to_mask
 from semisup_seg.training.learner import seg_learner
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def scripted(monkeypatch):
     "Let the validation Dice of each epoch be what the test says, the learning-rate finder aside"
     def _script(values):
         left = iter(values)
-        monkeypatch.setattr(semisup_seg.training.metrics.Overlap, 'value', property(lambda _: next(left)))
+        monkeypatch.setattr(Overlap, 'value', property(lambda _: next(left)))
     return _script
 
 def state(model): return {k: v.clone() for k,v in model.state_dict().items()}
@@ -43,7 +43,7 @@ def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k 
 # --- groups and schedule
 
 def test_groups_hold_every_parameter_once(learn):
-    enc,rest = encoder_decoder(learn.model)
+    enc,rest = encoder_splitter(learn.model)
     assert len({id(p) for p in enc+rest})==len(enc)+len(rest)==len(list(learn.model.parameters()))
     assert {id(p) for p in enc}=={id(p) for p in learn.model.encoder.parameters()}
 
@@ -167,8 +167,8 @@ class Average(Callback):
     def after_step(self):
         self.n += 1
         for k,p in self.model.named_parameters(): self.total[k] = self.total.get(k, 0) + p.detach()
-    def kept(self): return dict(n=self.n, total=self.total)
-    def restore(self, d): self.n,self.total = d['n'],d['total']
+    def state_dict(self): return dict(n=self.n, total=self.total)
+    def load_state_dict(self, d): self.n,self.total = d['n'],d['total']
 
 def cut_fit(learn, n, *cbs, **kw):
     "Train until batch `n`"
@@ -222,11 +222,11 @@ def test_the_same_learner_goes_on(trained_discs, whole, tmp_path, n):
 @pytest.mark.parametrize('n', [1, 5])
 def test_cut_while_it_writes(monkeypatch, trained_discs, whole, tmp_path, n):
     replace,left = os.replace,[n]
-    def cut(*args):
+    def cut_windows(*args):
         left[0] -= 1
         if not left[0]: raise KeyboardInterrupt
         replace(*args)
-    monkeypatch.setattr(os, 'replace', cut)
+    monkeypatch.setattr(os, 'replace', cut_windows)
     with pytest.raises(KeyboardInterrupt): fit(fresh(trained_discs), cbs=[Average()], checkpoint=tmp_path/'fit.pth', **PLAN)
     learn,avg = fresh(trained_discs), Average()
     fit(learn, cbs=[avg], checkpoint=tmp_path/'fit.pth', **PLAN)
@@ -367,7 +367,7 @@ def test_what_is_no_checkpoint(trained_discs, one_epoch, tiny, tmp_path):
     assert not (tmp_path/'ran').exists()
 
 class Odd(Callback):
-    def kept(self): return dict(where=Path('a'))
+    def state_dict(self): return dict(where=Path('a'))
 
 def test_a_callback_may_not_keep_just_anything(trained_discs, tmp_path):
     with pytest.raises(ValueError, match='a checkpoint keeps tensors'): fit(fresh(trained_discs), cbs=[Odd()], seed=1, checkpoint=tmp_path/'fit.pth', epochs=1, lr=1e-3)
@@ -381,7 +381,7 @@ def test_fit_refuses_a_seed(learn, seed):
 
 @pytest.mark.parametrize('pred,targ,d,j', [([1, 1, 0, 0], [1, 0, 1, 0], 0.5, 1/3), ([1, 1], [1, 1], 1, 1), ([1, 0], [0, 1], 0, 0), ([1, 0, 1], [1, 0, IGNORE], 1, 1)])
 def test_scores_by_hand(pred, targ, d, j):
-    c = overlap_counts(torch.tensor(pred), torch.tensor(targ), 2)
+    c = confusion_counts(torch.tensor(pred), torch.tensor(targ), 2)
     assert dice(c)[1].item()==pytest.approx(d) and jaccard(c)[1].item()==pytest.approx(j)
 
 def test_metrics_per_class_and_mean(learn):
@@ -497,7 +497,7 @@ def test_predict_names_the_unreadable_file(tiny, tmp_path):
 
 def test_to_mask_interpolates_before_it_decides():
     p = torch.tensor([[[0.9, 0.2]], [[0.1, 0.8]]])
-    mask,conf = to_mask(p, (1, 8))
+    mask,conf = probs_to_mask(p, (1, 8))
     assert mask.tolist()==[[0, 0, 0, 0, 1, 1, 1, 1]] and conf.min()>=0.5 and conf.max()<=0.9+1e-6
 
 # --- what fastai offers

@@ -9,8 +9,8 @@ from fastai.torch_core import norm_types
 import semisup_seg
 from semisup_seg.data.sources import _brain_volumes
 from semisup_seg.training.losses import CEDiceLoss
-from semisup_seg.training.metrics import dice, overlap_counts
-from semisup_seg.training.learner import encoder_decoder, seg_learner
+from semisup_seg.training.metrics import dice, confusion_counts
+from semisup_seg.training.learner import encoder_splitter, seg_learner
 from semisup_seg.models.core import build_model, networks
 from test_models import SMALL
 
@@ -119,7 +119,7 @@ def test_exported_programs_agree(net, tmp_path):
 # --- freezing
 
 def test_freezing_finds_encoder_and_decoder(net):
-    encoder,decoder = encoder_decoder(net)
+    encoder,decoder = encoder_splitter(net)
     assert encoder and decoder and not {id(p) for p in encoder} & {id(p) for p in decoder}
     assert {id(p) for p in encoder+decoder}=={id(p) for p in net.parameters()}
 
@@ -131,11 +131,11 @@ def test_a_frozen_encoder_stays_while_the_decoder_learns(name, backbone, trained
     learn.freeze()
     norms = {id(p) for m in learn.model.modules() if isinstance(m, norm_types) for p in m.parameters()}
     held = [p for p in learn.model.encoder.parameters() if id(p) not in norms]
-    assert held and not any(p.requires_grad for p in held) and all(p.requires_grad for p in encoder_decoder(learn.model)[1])
-    before = [p.detach().clone() for p in held], [p.detach().clone() for p in encoder_decoder(learn.model)[1]]
+    assert held and not any(p.requires_grad for p in held) and all(p.requires_grad for p in encoder_splitter(learn.model)[1])
+    before = [p.detach().clone() for p in held], [p.detach().clone() for p in encoder_splitter(learn.model)[1]]
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
     assert all(torch.equal(a, b) for a,b in zip(before[0], held))
-    assert any(not torch.equal(a, b) for a,b in zip(before[1], encoder_decoder(learn.model)[1]))
+    assert any(not torch.equal(a, b) for a,b in zip(before[1], encoder_splitter(learn.model)[1]))
 
 # --- learning
 
@@ -167,5 +167,5 @@ def test_overfits_four_slices(name):
         CEDiceLoss()(m(x), y).backward()
         opt.step()
         rate.step()
-    with torch.no_grad(): grey,white = dice(overlap_counts(m.eval()(x).argmax(1), y, 3))[1:]
+    with torch.no_grad(): grey,white = dice(confusion_counts(m.eval()(x).argmax(1), y, 3))[1:]
     assert min(grey, white)>0.9, f'Dice after {steps} steps: grey matter {grey:.3f}, white matter {white:.3f}'

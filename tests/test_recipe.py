@@ -13,7 +13,7 @@ from semisup_seg.data.folder import unlabeled_files
 from semisup_seg.data.loaders import seg_dls, standard_augment
 from semisup_seg.training.losses import CEDiceLoss, one_hot
 from semisup_seg.training.learner import seg_learner
-from semisup_seg.distillation.recipe import EMA, Confident, CutMix, Hard, Mix, Seen, Strong, Trusted, get_recipe, pseudo_loader, random_box, recipes
+from semisup_seg.distillation.recipe import EMA, ConfidenceThreshold, CutMix, HardLabels, MixedBatches, ViewAugment, StrongAugment, TopReliable, get_recipe, pseudo_loader, random_box, recipes
 from semisup_seg.annotation.records import Annotations
 from semisup_seg.annotation.views import views
 
@@ -36,7 +36,7 @@ class Spy(Callback):
 def spy(path, ann, pieces, n=1, bs=4, seed=0, epochs=1):
     "The first `n` batches that a network would see"
     set_seed(seed)
-    mix = next(p for p in pieces if isinstance(p, Mix))
+    mix = next(p for p in pieces if isinstance(p, MixedBatches))
     labelled,k = mix.split(bs)
     mix.loader = pseudo_loader(ann, SIZE, k)
     learn,s = seg_learner(seg_dls(path, SIZE, labelled, epoch_len=8*labelled), 'U-Net', 'test_resnet'), Spy(n)
@@ -48,12 +48,12 @@ def spy(path, ann, pieces, n=1, bs=4, seed=0, epochs=1):
 @pytest.mark.parametrize('share,kept', [(0.01, 1), (0.25, 1), (0.5, 2), (0.75, 3), (1, 4), (1.0, 4)])
 def test_trusted_keeps_the_top(tmp_path, share, kept):
     rows = [row(i, a) for i,a in enumerate((0.5, 0.9, 0.1, 0.7))]
-    res = Trusted(share).choose(Annotations(tmp_path, rows, []))
+    res = TopReliable(share).select(Annotations(tmp_path, rows, []))
     assert {r['image'] for r in res.rows if r['used']}=={f'{i}.png' for i in [1, 3, 0, 2][:kept]} and all(r['used'] for r in rows) and len(res)==4
 
 def test_trusted_does_not_bring_back_what_was_rejected_or_unread(tmp_path):
     rows = [row(0, 0.9, used=False), row(1, 0.8), row(2, None, used=False, mask='')]
-    assert [r['used'] for r in Trusted(1.).choose(Annotations(tmp_path, rows, [])).rows]==[False, True, False]
+    assert [r['used'] for r in TopReliable(1.).select(Annotations(tmp_path, rows, [])).rows]==[False, True, False]
 
 # --- which views
 
@@ -65,7 +65,7 @@ def corner(h, w, c=3):
 
 def first_change(views, size, **pair):
     "Sixty draws of what the views make of image and mask, before the standard changes"
-    tfm = Seen().augment(views, size)().transforms[0]
+    tfm = ViewAugment().augment(views, size)().transforms[0]
     tfm.set_random_seed(0)
     return [tfm(**pair) for _ in range(60)]
 
@@ -74,7 +74,7 @@ def test_image_and_mask_move_together_into_each_view():
     image,mask = corner(32, 32)
     draws = first_change(moved, (32, 32), image=image, mask=mask)
     assert all((o['image'][..., 0]==o['mask']*200).all() for o in draws)
-    want = {np.ascontiguousarray(f(mask)).tobytes() for f in [lambda m: m, *(views[n].change for n in moved)]}
+    want = {np.ascontiguousarray(f(mask)).tobytes() for f in [lambda m: m, *(views[n].apply for n in moved)]}
     assert {o['mask'].tobytes() for o in draws}==want and len(want)==4  # a corner: the quarter turns fall on the flips
 
 def test_probabilities_move_as_masks_do():
@@ -84,7 +84,7 @@ def test_probabilities_move_as_masks_do():
 
 @pytest.mark.parametrize('names,size,kept', [(['Scale 0.75', 'Scale 1.25', 'Gamma', 'Blurring', 'Equalize histogram'], (32, 32), []), (['Rotate 90', 'V Flip'], (32, 48), ['V Flip']), (['Rotate 90', 'V Flip'], (32, 32), ['Rotate 90', 'V Flip'])])
 def test_views_of_another_size_or_light_are_left_to_the_vote(names, size, kept):
-    make = Seen().augment(names, size)
+    make = ViewAugment().augment(names, size)
     assert [v.name for v in make.args[0]]==kept and make()(image=corner(*size)[0], mask=corner(*size)[1])['image'].shape==(*size, 3)
     assert len(make().transforms)==len(standard_augment().transforms)+bool(kept)
 
@@ -92,10 +92,10 @@ def shown(make): return [v.name for v in make.args[0]]
 
 def test_where_no_view_votes_all_turns_are_shown():
     flips,turns = ['H Flip', 'V Flip', 'H+V Flip'], ['Rotate 90', 'Rotate 270']
-    assert shown(Seen().augment([], (32, 32)))==flips+turns and shown(Seen().augment([], (32, 48)))==flips
-    for asked in ([], ['V Flip']): assert shown(Seen(['H Flip']).augment(asked, (32, 32)))==['H Flip']
-    assert repr([Seen(), Seen(['H Flip'])])=="[Seen(), Seen(['H Flip'])]"
-    with pytest.raises(ValueError, match="Did you mean 'V Flip'"): Seen(['V Flp'])
+    assert shown(ViewAugment().augment([], (32, 32)))==flips+turns and shown(ViewAugment().augment([], (32, 48)))==flips
+    for asked in ([], ['V Flip']): assert shown(ViewAugment(['H Flip']).augment(asked, (32, 32)))==['H Flip']
+    assert repr([ViewAugment(), ViewAugment(['H Flip'])])=="[Seen(), Seen(['H Flip'])]"
+    with pytest.raises(ValueError, match="Did you mean 'V Flip'"): ViewAugment(['V Flp'])
 
 def test_the_image_counts_as_much_as_each_view():
     image,mask = corner(32, 32)
@@ -103,7 +103,7 @@ def test_the_image_counts_as_much_as_each_view():
     assert 0.3<same<0.7
 
 def test_the_seed_decides_the_view():
-    make,(image,mask) = Seen().augment(['V Flip'], (32, 32)), corner(32, 32)
+    make,(image,mask) = ViewAugment().augment(['V Flip'], (32, 32)), corner(32, 32)
     a,b = make(), make()
     for t in (a, b): t.set_random_seed(5)
     for _ in range(5): assert (a(image=image, mask=mask)['mask']==b(image=image, mask=mask)['mask']).all()
@@ -136,10 +136,10 @@ def test_loader_refuses(path, ann, tmp_path):
 # --- batches
 
 @pytest.mark.parametrize('share,bs,want', [(0.5, 8, (4, 4)), (0.75, 8, (2, 6)), (0.01, 8, (7, 1)), (1, 8, (1, 7)), (0.5, 2, (1, 1)), (0.5, 3, (1, 2))])
-def test_mix_splits_a_batch(share, bs, want): assert Mix(share).split(bs)==want and sum(want)==bs
+def test_mix_splits_a_batch(share, bs, want): assert MixedBatches(share).split(bs)==want and sum(want)==bs
 
 def test_mix_fills_every_batch_and_leaves_validation_alone(path, ann):
-    mix = Mix()
+    mix = MixedBatches()
     mix.loader = pseudo_loader(ann, SIZE, 2)
     class Shapes(Callback):
         order = 50
@@ -150,11 +150,11 @@ def test_mix_fills_every_batch_and_leaves_validation_alone(path, ann):
     assert s.batches==dict(train=[(4, 2, *SIZE)]*24, valid=[(2, *SIZE)]*2)  # 24 batches of 2 from only 6 images
 
 def test_mix_keeps_labels_first_and_certain(path, ann):
-    x,p,n = spy(path, ann, [Mix(0.75)], bs=8)[0]
+    x,p,n = spy(path, ann, [MixedBatches(0.75)], bs=8)[0]
     assert n==2 and len(x)==8 and set(p[:2].unique().tolist())=={0, 1} and ((p[2:]>0.01) & (p[2:]<0.99)).any()
 
 def test_same_seed_same_batches_whatever_came_before(path, ann):
-    a,b,c = (spy(path, ann, [Mix(), Strong(), CutMix()], n=3, seed=s) for s in (0, 0, 1))
+    a,b,c = (spy(path, ann, [MixedBatches(), StrongAugment(), CutMix()], n=3, seed=s) for s in (0, 0, 1))
     pseudo = [[o[0][o[2]:] for o in some] for some in (a, b, c)]
     assert all(torch.equal(i, j) for i,j in zip(pseudo[0], pseudo[1])) and not torch.equal(pseudo[0][0], pseudo[2][0])
 
@@ -163,36 +163,36 @@ def test_same_seed_same_batches_whatever_came_before(path, ann):
 def test_confident_leaves_out_the_doubtful_alone():
     p = torch.tensor([0.5, 0.79, 0.81, 1.]).view(1, 1, 1, 4)
     p = torch.cat([p, 1-p], 1)
-    _,q = Confident(0.8).change(None, p)
+    _,q = ConfidenceThreshold(0.8).transform(None, p)
     assert torch.equal(q.sum(1).flatten(), torch.tensor([0., 0, 1, 1])) and torch.equal(q[..., 2:], p[..., 2:])
 
 def test_hard_takes_the_likeliest_and_keeps_holes():
     p = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0, 0, 0]]).T.view(1, 3, 1, 3)
-    _,q = Hard().change(None, p)
+    _,q = HardLabels().transform(None, p)
     assert torch.equal(q[0, :, 0].T, torch.tensor([[1., 0, 0], [0, 0, 1], [0, 0, 0]]))
 
 def test_confident_then_hard_in_any_order_of_the_list(path, ann):
-    for pieces in ([Mix(), Hard(), Confident(0.6)], [Confident(0.6), Mix(), Hard()]):
+    for pieces in ([MixedBatches(), HardLabels(), ConfidenceThreshold(0.6)], [ConfidenceThreshold(0.6), MixedBatches(), HardLabels()]):
         _,p,n = spy(path, ann, pieces)[0]
-        _,soft,_ = spy(path, ann, [Mix()])[0]
+        _,soft,_ = spy(path, ann, [MixedBatches()])[0]
         assert torch.equal(p[n:].sum(1)>0, soft[n:].amax(1)>=0.6) and set(p[n:].unique().tolist())<={0, 1}
 
 # --- harder looks
 
 def test_strong_changes_pseudo_labelled_images_alone(path, ann):
-    (x,p,n),(y,q,_) = spy(path, ann, [Mix()], bs=8)[0], spy(path, ann, [Mix(), Strong()], bs=8)[0]
+    (x,p,n),(y,q,_) = spy(path, ann, [MixedBatches()], bs=8)[0], spy(path, ann, [MixedBatches(), StrongAugment()], bs=8)[0]
     assert torch.equal(x[:n], y[:n]) and torch.equal(p, q) and not torch.equal(x[n:], y[n:]) and y.shape==x.shape and 0<=y.min() and y.max()<=1
 
 def test_strong_treats_each_image_by_itself():
     set_seed(0)
     x = torch.rand(1, 3, 16, 16).expand(6, -1, -1, -1)
-    y,_ = Strong().change(x, None)
+    y,_ = StrongAugment().transform(x, None)
     assert len({tuple(o.flatten().tolist()) for o in y})>=4
 
 def test_cutmix_moves_image_and_target_together():
     set_seed(0)
     x = torch.arange(6.).view(6, 1, 1, 1).expand(6, 1, 20, 20)
-    a,b = CutMix().change(x, x*10)
+    a,b = CutMix().transform(x, x*10)
     assert torch.equal(a*10, b) and torch.equal(x[:, 0, 0, 0], torch.arange(6.))
     pasted = [(o!=i).float().mean().item() for i,o in enumerate(a)]
     assert any(pasted) and all(s<=0.45 for s in pasted)
@@ -249,7 +249,7 @@ def test_ema_takes_up_what_it_kept(path):
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=ema)
     new.learn = learn
     new.before_fit()
-    new.restore(ema.kept())
+    new.load_state_dict(ema.state_dict())
     assert new.steps==4 and all(torch.equal(a, b) for a,b in zip(new.average.values(), ema.average.values()))
 
 # --- together
@@ -260,15 +260,15 @@ def test_named_recipes_are_fresh_each_time(name):
     assert repr(a)==repr(b) and all(x is not y for x,y in zip(a, b))
 
 def test_a_list_is_copied():
-    mine = [Mix(0.3)]
+    mine = [MixedBatches(0.3)]
     assert get_recipe(mine)[0] is not mine[0] and repr(get_recipe(mine))=='[Mix(share=0.3)]'
 
 @pytest.mark.parametrize('bad,message', [
-    ('nave', "Did you mean 'naive'"), ([Strong()], 'needs Mix'), ([Mix(), Mix()], 'twice'), ([Mix], 'not a piece'), (['Mix'], 'not a piece'), (3, 'recipe is 3'), (None, 'recipe is None')])
+    ('nave', "Did you mean 'naive'"), ([StrongAugment()], 'needs Mix'), ([MixedBatches(), MixedBatches()], 'twice'), ([MixedBatches], 'not a piece'), (['Mix'], 'not a piece'), (3, 'recipe is 3'), (None, 'recipe is None')])
 def test_bad_recipes(bad, message):
     with pytest.raises(ValueError, match=message): get_recipe(bad)
 
-@pytest.mark.parametrize('piece', [Trusted, Mix, Confident, CutMix, EMA])
+@pytest.mark.parametrize('piece', [TopReliable, MixedBatches, ConfidenceThreshold, CutMix, EMA])
 @pytest.mark.parametrize('value', [0, -0.1, 1.1, float('nan'), '0.5', True, None])
 def test_bad_shares(piece, value):
     with pytest.raises(ValueError, match='expected a number above 0 and at most 1'): piece(value)

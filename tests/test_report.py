@@ -11,18 +11,18 @@ from semisup_seg.evaluation.compare import compare_runs
 from semisup_seg.core import DatasetError
 from semisup_seg.data.images import load_mask
 from semisup_seg.data.folder import split_files, unlabeled_files
-from semisup_seg.training.metrics import overlap_counts
+from semisup_seg.training.metrics import confusion_counts
 from semisup_seg.training.inference import predict
 from semisup_seg.annotation.records import Annotations, read_annotations
-from semisup_seg.evaluation.report import Report, curves, judged_files, make_report, pick_cases, read_report, save_report
-from semisup_seg.evaluation.scores import interval, score_images, score_masks
+from semisup_seg.evaluation.report import Report, curves, evaluation_files, make_report, select_cases, read_report, save_report
+from semisup_seg.evaluation.scores import bootstrap_interval, score_images, score_masks
 
 HISTORY = [dict(stage='all', train_loss=1., valid_loss=1.1, dice=0.5, jaccard=0.4)]*3
 nan = float('nan')
 
 def rows(values): return [dict(image=f'{i}.png', dice=v, jaccard=v/(2-v)) for i,v in enumerate(values)]
 def versus(target, base, split='test'): return Report(split, dict(teacher=rows(base), target=rows(target)), 'teacher')
-def scored(model, path): return score_images(model, judged_files(path)[1])
+def scored(model, path): return score_images(model, evaluation_files(path)[1])
 def saved(out): return json.loads((out/'report.json').read_text(encoding='utf-8'))
 
 class Page(HTMLParser):
@@ -40,22 +40,22 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize('v', [[0.5], [0.2, 0.4], [0.1, 0.5, 0.9, 0.3], [0.7]*5])
 def test_interval_holds_the_mean(v):
-    m,lo,hi = interval(v)
+    m,lo,hi = bootstrap_interval(v)
     assert m==pytest.approx(np.mean(v)) and min(v)-1e-9<=lo<=m+1e-9 and m-1e-9<=hi<=max(v)+1e-9
-    assert interval(v)==interval(v)
+    assert bootstrap_interval(v)==bootstrap_interval(v)
 
 def test_interval_agrees_with_theory():
     v = np.random.default_rng(0).normal(0.6, 0.1, 100)
-    m,lo,hi = interval(v)
+    m,lo,hi = bootstrap_interval(v)
     assert hi-lo==pytest.approx(2*1.96*v.std()/10, rel=0.1) and m-lo==pytest.approx(hi-m, rel=0.2)
 
 def test_interval_covers_the_truth_19_times_in_20():
     rng = np.random.default_rng(0)
-    hits = [lo<=0.5<=hi for _ in range(200) for _,lo,hi in [interval(rng.normal(0.5, 0.1, 40), n=400)]]
+    hits = [lo<=0.5<=hi for _ in range(200) for _,lo,hi in [bootstrap_interval(rng.normal(0.5, 0.1, 40), n=400)]]
     assert 0.90<=np.mean(hits)<=0.99
 
 def test_interval_leaves_nan_out():
-    assert interval([0.2, nan, 0.4])==interval([0.2, 0.4]) and np.isnan(interval([nan, nan])).all() and np.isnan(interval([])).all()
+    assert bootstrap_interval([0.2, nan, 0.4])==bootstrap_interval([0.2, 0.4]) and np.isnan(bootstrap_interval([nan, nan])).all() and np.isnan(bootstrap_interval([])).all()
 
 def test_difference_is_paired():
     a = np.linspace(0.1, 0.9, 12)
@@ -86,7 +86,7 @@ def test_masks_are_read_one_at_a_time(monkeypatch, trained_discs, tiny):
             assert len(read)==i  # the mask before has been judged
             yield load_mask(pairs[i][1], tiny.codes)
     pairs = split_files(trained_discs, 'test')
-    monkeypatch.setattr('semisup_seg.evaluation.scores.overlap_counts', lambda *a, real=overlap_counts: read.append(1) or real(*a))
+    monkeypatch.setattr('semisup_seg.evaluation.scores.overlap_counts', lambda *a, real=confusion_counts: read.append(1) or real(*a))
     assert len(score_masks(masks(), pairs, tiny.codes))==2
 
 def test_several_classes_and_one_that_is_nowhere(tmp_path):
@@ -160,12 +160,12 @@ def test_scores_of_other_images_are_refused():
 
 @pytest.mark.parametrize('n', [1, 2, 3, 4, 6, 20])
 def test_cases_are_distinct_and_in_order(n):
-    cases = pick_cases(np.linspace(0, 1, n))
+    cases = select_cases(np.linspace(0, 1, n))
     assert len({i for _,i in cases})==len(cases)==min(n, 6)
     assert [k for k,_ in cases]==sorted((k for k,_ in cases), key=('worst', 'typical', 'best').index)
     assert dict(cases)['worst'] in (0, 1) and (n<3 or n-1 in [i for k,i in cases if k=='best'])
 
-def test_no_case_where_nothing_is_scored(): assert pick_cases(np.array([nan, nan]))==[]
+def test_no_case_where_nothing_is_scored(): assert select_cases(np.array([nan, nan]))==[]
 
 # --- the page
 
@@ -241,7 +241,7 @@ def test_json_holds_it_all(page):
         assert d['difference'][k]==pytest.approx(rep.difference(k), abs=1e-4)
         for n in names:
             v = [o[k] for o in d['per_image'][n]]
-            assert v==pytest.approx(rep.values(n, k), abs=1e-4) and d['scores'][n][k]==pytest.approx(interval(v), abs=1e-4)
+            assert v==pytest.approx(rep.values(n, k), abs=1e-4) and d['scores'][n][k]==pytest.approx(bootstrap_interval(v), abs=1e-4)
     assert d['difference']['dice'][0]==pytest.approx(d['scores']['target']['dice'][0] - d['scores']['vote']['dice'][0], abs=1e-4)
     assert d['settings']==rep.settings and d['pseudo']==pytest.approx(rep.pseudo, abs=1e-4)
     assert len({str(d['per_image'][n]) for n in names})==4

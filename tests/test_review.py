@@ -11,7 +11,7 @@ from semisup_seg.data.folder import check_dataset, unlabeled_files
 from semisup_seg.data.images import load_mask
 from semisup_seg.annotation.records import Annotations, read_annotations
 from semisup_seg.annotation.review import Review, add_label
-from semisup_seg.annotation.suggest import cover, suggest
+from semisup_seg.annotation.suggest import select_coverage, suggest
 
 @pytest.fixture
 def judged(tmp_path):
@@ -121,10 +121,10 @@ def test_images_go_back_when_the_table_cannot_be_written(judged, monkeypatch):
 def test_what_is_gone_is_told_once(judged, tmp_path):
     (judged.path/'unlabeled_images/u3.png').unlink()
     (judged.ann.out/'annotations/u4.png').unlink()
-    assert judged.gone()=={3, 4} and judged.remarks()==['2 of 5 images or masks are no longer there (u3.png, u4.png).']
+    assert judged.missing_files()=={3, 4} and judged.warnings()==['2 of 5 images or masks are no longer there (u3.png, u4.png).']
     with pytest.raises(ValueError, match='is gone'): judged.judge(3, 'accepted')
     other = Review(judged.ann.out, make_discs(tmp_path/'other'))
-    assert '5 of 5 images do not lie in' in other.remarks()[1]
+    assert '5 of 5 images do not lie in' in other.warnings()[1]
     other.judge(0, 'accepted')
     assert 'does not lie in' in other.move()[0]
 
@@ -133,7 +133,7 @@ def test_unread_images_cannot_be_judged(tmp_path):
     (path/'unlabeled_images/bad.png').write_bytes(b'no picture')
     annotate(make_model(), unlabeled_files(path), tmp_path/'out')
     r = Review(tmp_path/'out', path)
-    assert r.remarks()==['1 images have no mask (bad.png).']
+    assert r.warnings()==['1 images have no mask (bad.png).']
     with pytest.raises(ValueError, match='has no mask'): r.judge(0, 'accepted')
 
 @pytest.mark.parametrize('change,said', [
@@ -173,5 +173,5 @@ def test_cover_takes_what_reaches_most_doubt():
     v = rng.normal(size=(12, 5))
     v,doubt = v/np.linalg.norm(v, axis=1, keepdims=True), rng.uniform(size=12)
     def reached(s): return (np.maximum(v@v[list(s)].T, 0).max(1)*doubt).sum()
-    chosen = cover(v, doubt, 3)
+    chosen = select_coverage(v, doubt, 3)
     for k in range(3): assert reached(chosen[:k+1])==pytest.approx(max(reached([*chosen[:k], i]) for i in range(12) if i not in chosen[:k]))

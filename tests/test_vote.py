@@ -3,8 +3,8 @@ import math
 
 import numpy as np, pytest, torch
 
-from semisup_seg.annotation.voting import Ballot, agreement, entropy, overlaps, vote, votes
-from semisup_seg.training.sliding_window import cut, join, starts
+from semisup_seg.annotation.voting import VoteAccumulator, agreement, entropy, voter_confusion, vote, vote_rules
+from semisup_seg.training.sliding_window import cut_windows, merge_windows, window_starts
 
 def random_opinions(n=3, shape=(2, 3, 6, 7), seed=0):
     g = torch.Generator().manual_seed(seed)
@@ -16,7 +16,7 @@ BY_HAND = dict(mean=lambda ps, ws: sum(w*p for w,p in zip(ws, ps))/sum(ws),
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('weights', [[1, 1, 1], [0.2, 0.9, 0.7], [0, 2, 0]])
-@pytest.mark.parametrize('how', votes)
+@pytest.mark.parametrize('how', vote_rules)
 def test_votes_by_hand(how, weights, layout):
     ps = [p.to(memory_format=layout) for p in random_opinions()]
     probs,_ = vote(ps, how, weights)
@@ -25,7 +25,7 @@ def test_votes_by_hand(how, weights, layout):
 def test_no_opinion_is_changed_by_the_count():
     ps = random_opinions()
     before = [p.clone() for p in ps]
-    for how in votes: vote(ps, how)
+    for how in vote_rules: vote(ps, how)
     assert all(torch.equal(a, b) for a,b in zip(ps, before))
 
 def test_geometric_survives_a_certain_no():
@@ -39,7 +39,7 @@ def test_agreement_by_hand():
     mask[2],labels[0][2],labels[1][2],labels[2][2] = 0, 0, 0, 0  # nobody sees anything
     mask[3][mask[3]==2] = 1
     for l in labels: l[3][l[3]==2] = 1                           # a class that nobody sees
-    got = agreement(overlaps(labels, mask, 3))
+    got = agreement(voter_confusion(labels, mask, 3))
     for i in range(4):
         each = []
         for l in labels:
@@ -57,7 +57,7 @@ def test_entropy_by_hand():
     assert entropy(torch.tensor([0., 1]).view(1, 2, 1, 1)).item()==0
 
 def test_only_one_sum_is_kept():
-    b = Ballot()
+    b = VoteAccumulator()
     for p in random_opinions(20): b.add(p)
     assert b.total.shape==(2, 3, 6, 7) and {l.dtype for l in b.labels}=={torch.uint8}
 
@@ -66,19 +66,19 @@ def test_only_one_sum_is_kept():
 @pytest.mark.parametrize('window', [16, 33, 64])
 @pytest.mark.parametrize('length', [1, 15, 16, 17, 64, 65, 100, 257])
 def test_windows_cover_and_overlap(length, window):
-    s = starts(length, window)
+    s = window_starts(length, window)
     assert s[0]==0 and s==sorted(set(s)) and s[-1]==max(0, length-window)
     assert all(b-a<=window*3/4+1 for a,b in zip(s, s[1:]))
 
 @pytest.mark.parametrize('shape', [(300, 200), (40, 300), (64, 64), (10, 12), (65, 64)])
 def test_what_is_cut_comes_back(shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
-    corners,parts = zip(*cut(image, 64))
+    corners,parts = zip(*cut_windows(image, 64))
     assert {p.shape for p in parts}=={(64, 64, 3)}
-    maps = list(join(np.float32(parts).transpose(0, 3, 1, 2), corners, 64, shape))
+    maps = list(merge_windows(np.float32(parts).transpose(0, 3, 1, 2), corners, 64, shape))
     assert len(maps)==3 and np.abs(np.stack(maps, -1)-image).max()<0.01
 
 def test_joined_answers_stay_between_the_windows():
-    corners = [p for p,_ in cut(np.zeros((150, 150, 3), np.uint8), 64)]
+    corners = [p for p,_ in cut_windows(np.zeros((150, 150, 3), np.uint8), 64)]
     answers = np.random.default_rng(0).random((len(corners), 2, 16, 16)).astype(np.float32)
-    for m in join(answers, corners, 64, (150, 150)): assert m.shape==(150, 150) and answers.min()-1e-5<=m.min() and m.max()<=answers.max()+1e-5
+    for m in merge_windows(answers, corners, 64, (150, 150)): assert m.shape==(150, 150) and answers.min()-1e-5<=m.min() and m.max()<=answers.max()+1e-5

@@ -13,7 +13,7 @@ from semisup_seg.app.job import Plan
 from semisup_seg.annotation.records import Annotations, read_annotations
 from semisup_seg.evaluation.report import read_report
 from semisup_seg.annotation.review import Review
-from semisup_seg.app.browser import Listing, browse
+from semisup_seg.app.browser import AnnotationList, browse
 
 @pytest.fixture
 def run(tmp_path):
@@ -30,7 +30,7 @@ def judgements(out): return [r['judgement'] for r in read_annotations(out).rows]
 
 def test_orders_and_filters(run):
     path,out = run
-    l = Listing(Review(out, path), per_page=2)
+    l = AnnotationList(Review(out, path), per_page=2)
     assert l.ids==[0, 1, 2, 3, 4] and l.pages==3
     l.by = 'most trusted first'
     l.refresh()
@@ -46,7 +46,7 @@ def test_orders_and_filters(run):
 
 def test_the_last_of_a_list(run):
     path,out = run
-    l = Listing(Review(out, path))
+    l = AnnotationList(Review(out, path))
     said = [l.judge('rejected') for _ in range(5)]
     assert 'last of this list' in said[-1] and not any('last of' in s for s in said[:-1]) and l.current is None
     assert 'no image' in l.judge('accepted') and judgements(out)==['rejected']*5

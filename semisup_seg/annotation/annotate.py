@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-from .journal import _Journal, _stamp, _Sums, mask_names
+from .journal import AnnotationJournal, _stamp, _Sums, mask_names
 from .records import Annotations, CHECKED, COLUMNS, predict_dice
 from .views import get_views, view_size
-from .voting import agreement, Ballot, entropy
-from ..core import atomic, bar, check_numbers, DatasetError
+from .voting import agreement, VoteAccumulator, entropy
+from ..core import atomic, progress, check_numbers, DatasetError
 from ..data.folder import image_files
 from ..data.images import load_image, load_mask
 from ..data.loaders import check_size, resize_image
-from ..training.inference import _ahead, _model, likeliest, load_model, Look, opinions, to_mask
-from ..training.metrics import dice, overlap_counts
-from ..training.sliding_window import cut, join
+from ..training.inference import prefetch, unwrap_model, argmax_by_class, load_model, Look, opinions, probs_to_mask
+from ..training.metrics import dice, confusion_counts
+from ..training.sliding_window import cut_windows, merge_windows
 
 import numpy as np, torch
 from PIL import Image
@@ -42,7 +42,7 @@ def _check_files(files):
     return files
 
 # %% ../../nbs/34_annotation.annotate.ipynb #b1a528f4
-def _network(teacher): return (load_model(teacher).to(default_device()) if isinstance(teacher, (str, Path)) else _model(teacher)).eval()
+def _network(teacher): return (load_model(teacher).to(default_device()) if isinstance(teacher, (str, Path)) else unwrap_model(teacher)).eval()
 
 def _facts(m):
     "What must be known of a network before it votes, and a digest of its weights"
@@ -81,19 +81,19 @@ class _Heard:
     corners:list=None   # `(top, left)` of its windows; None where it was seen as a whole
     arrays:list=None    # What the networks see: uint8 `(h, w, 3)` each
     probs:list=()       # The vote's probabilities, `(c, h, w)` each
-    counts:list=()      # From `overlaps`, `(3, voters, c)` each
+    counts:list=()      # From `voter_confusion`, `(3, voters, c)` each
     doubt:list=()       # Entropy of each
 
     def mask(self, window):
-        if self.corners is None: return to_mask(self.probs[0], self.whole)
-        return likeliest(join(torch.stack(self.probs).numpy(), self.corners, window, self.whole))
+        if self.corners is None: return probs_to_mask(self.probs[0], self.whole)
+        return argmax_by_class(merge_windows(torch.stack(self.probs).numpy(), self.corners, window, self.whole))
 
 def _open(file, label, size, window):
     "The image `file`, ready for the networks"
     try: im = load_image(file)
     except DatasetError as e: return _Heard(file, label, str(e))
     if not window or max(im.shape[:2])<=window: return _Heard(file, label, '', im.shape[:2], None, [resize_image(im, size)])
-    corners,parts = zip(*cut(im, window))
+    corners,parts = zip(*cut_windows(im, window))
     return _Heard(file, label, '', im.shape[:2], corners, [resize_image(o, size) for o in parts])
 
 # %% ../../nbs/34_annotation.annotate.ipynb #09dd34d3
@@ -108,13 +108,13 @@ def _hear(pile, panel, views, size, window, bs, how, sums=None):
     for k,group in enumerate(groups):
         models,last = [_network(t) for t,_ in group], k==len(groups)-1
         before = sum(w for g in groups[:k] for _,w in g)*(1+len(views))
-        for i,images in _ahead((i, [_open(*job, size, window) for job in jobs]) for i,jobs in pile):
+        for i,images in prefetch((i, [_open(*job, size, window) for job in jobs]) for i,jobs in pile):
             owners = [h for h in images for _ in h.arrays or ()]
             arrays = [a for h in images for a in h.arrays or ()]
             for j in range(0, len(arrays), bs):
                 part = f'{i}-{j}'
                 if not last and sums.done(part, k): continue
-                start = sums.load(part, k-1, Ballot(how), before) if sums else Ballot(how)
+                start = sums.load(part, k-1, VoteAccumulator(how), before) if sums else VoteAccumulator(how)
                 ballot = _ballot(arrays[j:j+bs], models, [w for _,w in group], views, look, start)
                 if last: _tell(ballot, owners[j:j+bs])
                 else: sums.save(part, k, ballot)
@@ -133,7 +133,7 @@ def _score(mask, label, codes):
     "Mean Dice over the classes but the first of `mask` against the file `label`; None where neither holds any"
     true = load_mask(label, codes)
     if true.shape!=mask.shape: raise DatasetError(f'{label}: has {true.shape[1]}×{true.shape[0]} pixels, its image {mask.shape[1]}×{mask.shape[0]}')
-    d = dice(overlap_counts(torch.from_numpy(mask), torch.from_numpy(true), len(codes)))[1:].nanmean().item()
+    d = dice(confusion_counts(torch.from_numpy(mask), torch.from_numpy(true), len(codes)))[1:].nanmean().item()
     return None if d!=d else round(d, 5)
 
 @dataclass
@@ -164,7 +164,7 @@ class _Writer:
         return name
 
     def _npy(self, name, h):
-        maps = h.probs[0].numpy() if h.corners is None else join(torch.stack(h.probs).numpy(), h.corners, self.window, h.whole)
+        maps = h.probs[0].numpy() if h.corners is None else merge_windows(torch.stack(h.probs).numpy(), h.corners, self.window, h.whole)
         with atomic(self.out/name) as f, open(f, 'wb') as o: np.save(o, np.stack([np.uint8(m*255+0.5) for m in maps]))
 
 # %% ../../nbs/34_annotation.annotate.ipynb #6a6799f1
@@ -180,8 +180,8 @@ def _written(heard, write, wait):
 
 def _pile(jobs, bs, done):
     "Batches of `jobs`, numbered; those of which all are `done` left out"
-    batches = [(i, jobs[i:i+bs]) for i in range(0, len(jobs), bs)]
-    return [(i, b) for i,b in batches if not all(map(done, b))]
+    read_batches = [(i, jobs[i:i+bs]) for i in range(0, len(jobs), bs)]
+    return [(i, b) for i,b in read_batches if not all(map(done, b))]
 
 # %% ../../nbs/34_annotation.annotate.ipynb #6701dfa7
 def annotate(
@@ -191,7 +191,7 @@ def annotate(
     views=(),           # Names from `views`, besides the image itself
     size:tuple=None,    # `(height, width)` at which the networks look; that of the first teacher's training if None
     bs:int=8,           # Images per batch
-    vote:str='mean',    # How the opinions are counted, one of `votes`
+    vote:str='mean',    # How the opinions are counted, one of `vote_rules`
     weights:list=None,  # How much each teacher counts; all the same if None
     valid=(),           # `(image, label)` files of validation images, from which the Dice score is predicted
     together:bool=True, # False: one teacher after another, with the sums on disk
@@ -205,18 +205,18 @@ def annotate(
     if valid: _check_files([*dict.fromkeys(f for pair in valid for f in pair)])
     teachers,facts,size = _check_teachers(teachers, size, views)
     weights,codes = _check_weights(weights, len(teachers)), facts[0]['codes']
-    Ballot(vote)
+    VoteAccumulator(vote)
     asked = dict(teachers=[f['digest'] for f in facts], views=[v.name for v in views], size=list(size), vote=vote, weights=weights,
         window=window, confidence=confidence, soft=soft)
     names,jobs = mask_names(files), [(f, None) for f in files] + valid
     try:
-        journal = _Journal(out, asked, names)
+        journal = AnnotationJournal(out, asked, names)
         pile = _pile(jobs, 1 if window else bs, lambda j: (str(j[0]), j[1] and str(j[1])) in journal.rows)
         sums = None if together else _Sums(out, hashlib.sha256(repr((asked, bs, jobs)).encode()).hexdigest()[:12], len(teachers))
         heard = _hear(pile, list(zip(teachers, weights)), views, size, window, bs, vote, sums)
         write = _Writer(out, names, codes, window, confidence, soft)
         steps = sum(len(b) for _,b in pile)*(len(teachers) if sums else 1)
-        for row in bar(_written(heard, write, 2*bs), steps, 'images'):
+        for row in progress(_written(heard, write, 2*bs), steps, 'images'):
             if row: journal.add(row)
         if sums: sums.drop()
         return _conclude(journal, jobs).save()
@@ -264,7 +264,7 @@ def write_masks(
     if out.is_file(): raise ValueError(f'out: {out} is a file, not a folder')
     if any(f.parent.resolve()==out.resolve() for f in files): raise ValueError(f'out: {out} holds the images themselves; choose another folder')
     names,faults = mask_names(files), []
-    for h in bar(_hear(_pile([(f, None) for f in files], 1 if window else bs, lambda _: False), [(model, 1)], [], model.size, window, bs, 'mean'), len(files), 'images'):
+    for h in progress(_hear(_pile([(f, None) for f in files], 1 if window else bs, lambda _: False), [(model, 1)], [], model.size, window, bs, 'mean'), len(files), 'images'):
         if h.error: faults.append(h.error)
         else:
             with atomic(out/names[h.file]) as f: Image.fromarray(model.codes.decode(h.mask(window)[0])).save(f, 'png')

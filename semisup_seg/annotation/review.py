@@ -134,7 +134,7 @@ def gone(self:Review)->set: # Indices into `rows`
 @patch
 def remarks(self:Review)->list: # Sentences
     "What is amiss with these annotations"
-    gone,n,res = self.gone(), len(self.rows), []
+    gone,n,res = self.missing_files(), len(self.rows), []
     def _some(rows): return ', '.join(Path(r['image']).name for r in rows[:3]) + ('…' if len(rows)>3 else '')
     if gone: res.append(f'{len(gone)} of {n} images or masks are no longer there ({_some([self.rows[i] for i in sorted(gone)])}).')
     other = [r for r in self.rows if r['judgement']!='in training' and Path(r['image']).resolve().parent!=(self.path/UNLABELED).resolve()]

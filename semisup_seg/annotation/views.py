@@ -14,28 +14,28 @@ from dataclasses import dataclass
 
 import cv2, numpy as np, torch.nn.functional as F
 
-from ..core import pick
+from ..core import lookup
 
 # %% ../../nbs/30_annotation.views.ipynb #1a4e7694
 @dataclass(frozen=True)
 class View:
     "A way to look at an image"
     name:str       # As the user types it
-    change:callable # uint8 `(h, w, 3)` to the same
-    undo:callable  # Probabilities `(n, c, h', w')` of changed images, and the size `(h, w)` of the images, to `(n, c, h, w)`
-    moves:bool=False # Whether pixels change their place, so that a mask is to be changed like its image
+    apply:callable # uint8 `(h, w, 3)` to the same
+    invert:callable # Probabilities `(n, c, h', w')` of changed images, and the size `(h, w)` of the images, to `(n, c, h, w)`
+    is_geometric:bool=False # Whether pixels change their place, so that a mask is to be changed like its image
 
 views = {}
 
 def register_view(
     name:str,     # As the user types it
-    undo=None,    # Probabilities and `(h, w)` to `(n, c, h, w)`; None where nothing moves
+    invert=None,  # Probabilities and `(h, w)` to `(n, c, h, w)`; None where nothing moves
 ):
     "Decorator that files a function on uint8 images `(h, w, 3)` as the view `name`"
-    def _add(change):
-        if name in views and views[name].change.__qualname__!=change.__qualname__: raise ValueError(f'The view {name!r} is registered already')
-        views[name] = View(name, change, undo or (lambda p, size: p), undo is not None)
-        return change
+    def _add(apply):
+        if name in views and views[name].apply.__qualname__!=apply.__qualname__: raise ValueError(f'The view {name!r} is registered already')
+        views[name] = View(name, apply, invert or (lambda p, size: p), invert is not None)
+        return apply
     return _add
 
 # %% ../../nbs/30_annotation.views.ipynb #6f2f3fa9
@@ -123,7 +123,7 @@ def get_views(
 )->list:   # Of `View`
     "The views called `names`; a `ValueError` for one that is unknown or named twice"
     names = [names] if isinstance(names, str) else list(names)
-    res = [n if isinstance(n, View) else pick(n, views, 'view') for n in names]
+    res = [n if isinstance(n, View) else lookup(n, views, 'view') for n in names]
     twice = {v.name for v in res if res.count(v)>1}
     if twice: raise ValueError(f'views: {", ".join(sorted(twice))} named more than once')
     return res
@@ -133,4 +133,4 @@ def view_size(
     size:tuple, # `(height, width)` of an image, pixels
 )->tuple:
     "`(height, width)` of that image in `view`, pixels"
-    return view.change(np.zeros((*size, 3), np.uint8)).shape[:2]
+    return view.apply(np.zeros((*size, 3), np.uint8)).shape[:2]

@@ -12,7 +12,7 @@ import html, threading
 from functools import partial
 from pathlib import Path
 
-from ..core import pick
+from ..core import lookup
 from ..models.core import networks
 from .job import ROUTINES, Job, Plan
 from ..evaluation.report import read_report
@@ -40,13 +40,13 @@ def _fields(plan):
         epochs=('Epochs', 1, 1000), freeze_epochs=('Epochs before, frozen', 0, 100), seed=('Seed', 0, 2**31-1))
     for k,(_,lo,hi) in numbers.items():
         if not lo<=getattr(plan, k)<=hi: raise ValueError(f'{k} is {getattr(plan, k)}; expected a whole number from {lo} to {hi}')
-    def _net(name): return pick(name, {n: n for _,n in nets}, 'network')
+    def _net(name): return lookup(name, {n: n for _,n in nets}, 'network')
     res = dict(data=_field(plan.data, 'Data set folder', Text), out=_field(plan.out, 'Results folder', Text),
-        routine=_field(pick(plan.routine, {k: k for k in ROUTINES}, 'routine'), 'Routine', Dropdown, options=_described(ROUTINES)),
+        routine=_field(lookup(plan.routine, {k: k for k in ROUTINES}, 'routine'), 'Routine', Dropdown, options=_described(ROUTINES)),
         teachers=_field([_net(t) for t in plan.teachers], 'Teachers', SelectMultiple, options=nets, rows=10), target=_field(_net(plan.target), 'Target', Dropdown, options=nets),
         encoder=_field(plan.encoder, 'Encoder', Combobox, options=('tf_efficientnet_lite0', 'tf_efficientnet_lite1', 'tf_efficientnet_lite2', 'resnet34', 'resnet50')),
-        views=_field([v.name for v in get_views(plan.views)], 'Views', SelectMultiple, options=_described({n: v.change.__doc__ for n,v in views.items()}), rows=8),
-        recipe=_field(pick(plan.recipe, {k: k for k in RECIPES}, 'recipe'), 'Recipe', Dropdown, options=_described(RECIPES)))
+        views=_field([v.name for v in get_views(plan.views)], 'Views', SelectMultiple, options=_described({n: v.apply.__doc__ for n,v in views.items()}), rows=8),
+        recipe=_field(lookup(plan.recipe, {k: k for k in RECIPES}, 'recipe'), 'Recipe', Dropdown, options=_described(RECIPES)))
     res |= {k: _field(getattr(plan, k), n, BoundedIntText, min=lo, max=hi) for k,(n,lo,hi) in numbers.items()}
     return res | {k: _field(getattr(plan, k), n, Checkbox) for k,n in (('scratch', 'Begin with random weights'), ('fresh', 'Throw away an earlier run in the results folder'))}
 
@@ -73,7 +73,7 @@ class RunForm(VBox):
 
     def _say(self, text): self.answer.value = f'<div role="status">{text}</div>'
 
-    def _changed(self):
+    def apply_view(self):
         p = self.plan
         for k,on in dict(teachers=p.routine!='simple training', each='model' in p.routine, views='data' in p.routine, recipe=p.routine!='simple training').items():
             self.fields[k].layout.display = None if on else 'none'

@@ -12,7 +12,7 @@ import html, re, shlex, signal, subprocess, sys
 from dataclasses import dataclass
 from fnmatch import filter as matching
 
-from ..core import pick
+from ..core import lookup
 from ..distillation.distill import check_run
 from ..models.core import networks
 from ..distillation.recipe import recipes
@@ -48,40 +48,40 @@ class Plan:
 
     def pair(self, name):
         "Network and encoder as in a routine"
-        net = pick(name, networks, 'network')
+        net = lookup(name, networks, 'network')
         return net.name, self.encoder if net.encoders and matching([self.encoder], net.encoders) else net.backbone
 
     @property
     def bases(self): return [] if self.routine=='simple training' else [self.pair(t) for t in self.teachers for _ in range(self.each if 'model' in self.routine else 1)]
     @property
-    def seen(self): return [*self.views] if 'data' in self.routine else []
+    def active_views(self): return [*self.views] if 'data' in self.routine else []
 
 # %% ../../nbs/60_app.job.ipynb #58d24191
 @patch
 def check(self:Plan):
     "What the data set folder holds; a `ValueError` that says why the run cannot start"
-    pick(self.routine, {k: k for k in ROUTINES}, 'routine')
-    pick(self.recipe, recipes, 'recipe')
+    lookup(self.routine, {k: k for k in ROUTINES}, 'routine')
+    lookup(self.recipe, recipes, 'recipe')
     if not self.data.strip(): raise ValueError('The data set folder is not named yet.')
     if not self.out.strip(): raise ValueError('The folder for the results is not named yet.')
     n = len(self.bases)
     if self.routine=='data distillation' and n!=1: raise ValueError(f'Data distillation has one teacher; {n} are chosen.')
     if 'model' in self.routine and n<2: raise ValueError(f'{self.routine.capitalize()} has two teachers or more; {n} is chosen. Choose another, or several of the same.')
     if 'data' in self.routine and not self.views: raise ValueError(f'{self.routine.capitalize()} needs at least one view.')
-    return check_run(self.bases, self.pair(self.target), self.seen, self.data, self.out, (self.size, self.size), not self.scratch)[-1]
+    return check_run(self.bases, self.pair(self.target), self.active_views, self.data, self.out, (self.size, self.size), not self.scratch)[-1]
 
 @patch
-def words(self:Plan)->list: # Of the command `semisup-seg`
+def argv(self:Plan)->list: # Of the command `semisup-seg`
     "The plan as a command"
     def _net(flag, pair): return [flag, *filter(None, pair)]
     start = ['distill' if self.bases else 'train', self.data, self.out, *_net('--target' if self.bases else '--network', self.pair(self.target))]
-    if self.bases: start += [*(w for b in self.bases for w in _net('--base', b)), '--views', *self.seen, '--recipe', self.recipe]
+    if self.bases: start += [*(w for b in self.bases for w in _net('--base', b)), '--views', *self.active_views, '--recipe', self.recipe]
     numbers = dict(bs=self.bs, epochs=self.epochs, freeze_epochs=self.freeze_epochs, seed=self.seed)
     start += ['--size', str(self.size), str(self.size), *(w for k,v in numbers.items() for w in (f'--{k.replace("_", "-")}', str(v)))]
     return start + ['--scratch']*self.scratch + ['--fresh']*self.fresh
 
 @patch
-def _repr_html_(self:Plan): return f'<pre style="white-space:pre-wrap">semisup-seg {html.escape(shlex.join(self.words()))}</pre>'
+def _repr_html_(self:Plan): return f'<pre style="white-space:pre-wrap">semisup-seg {html.escape(shlex.join(self.argv()))}</pre>'
 
 # %% ../../nbs/60_app.job.ipynb #3fc43c34
 class Progress:
@@ -110,7 +110,7 @@ class Job:
         self.plan,self.progress,self.said = plan, Progress(plan), []
         code = 'import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from semisup_seg.app.cli import main; sys.exit(main())'
         how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding='utf-8', errors='replace')
-        self.process = subprocess.Popen([sys.executable, '-u', '-c', code, *plan.words()], **how)
+        self.process = subprocess.Popen([sys.executable, '-u', '-c', code, *plan.argv()], **how)
 
     def lines(self):
         "What the run prints, line by line as it comes; ends with the run"

@@ -14,7 +14,7 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.request import Request, urlopen
 
-from ..core import bar, DatasetError
+from ..core import progress, DatasetError
 
 from PIL import Image
 
@@ -30,7 +30,7 @@ def _download(url, part):
         left = int(r.headers.get('Content-Length', 0))
         chunks = iter(lambda: r.read(1<<20), b'')
         with open(part, 'ab' if have else 'wb') as f:
-            for chunk in bar(chunks, total=-(-left>>20), what='MB') if left else chunks: f.write(chunk)
+            for chunk in progress(chunks, total=-(-left>>20), what='MB') if left else chunks: f.write(chunk)
     if (size := part.stat().st_size)<have+left: raise OSError(f'it broke off at {size} of {have+left} bytes')
 
 # %% ../../nbs/06_data.archives.ipynb #7e2dbede

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core import DatasetError, on_screen
 from .images import Codes, load_image, load_mask, read_codes
-from ..display import _swatch, Shown, Table
+from ..display import class_swatch, Displayable, Table
 
 import numpy as np
 from fastcore.parallel import parallel
@@ -85,7 +85,7 @@ def _check_files(job, root, codes):
 
 # %% ../../nbs/03_data.folder.ipynb #b72976d6
 @dataclass(repr=False)
-class DatasetSummary(Shown):
+class DatasetSummary(Displayable):
     "What a data set folder holds"
     path:Path     # The folder
     codes:Codes   # Its classes
@@ -101,7 +101,7 @@ class DatasetSummary(Shown):
     def parts(self):
         rows = [[k, n, *([f'{o:.1%}' for o in self.shares.get(k, [])] or ['']*len(self.codes))] for k,n in self.counts.items()]
         sizes = ', '.join(f'{w}×{h} ({n})' for (h,w),n in self.sizes.most_common(5)) + ('…' if len(self.sizes)>5 else '')
-        return [Table([['split', 'images', *(_swatch(i, n) for i,n in enumerate(self.codes.names))], *rows]), f'Image sizes (w×h): {sizes}', *self.unusual()]
+        return [Table([['split', 'images', *(class_swatch(i, n) for i,n in enumerate(self.codes.names))], *rows]), f'Image sizes (w×h): {sizes}', *self.unusual()]
 
     def __repr__(self): return f'{self.path}\n{super().__repr__()}'
 

@@ -11,7 +11,7 @@ __all__ = ['BRAIN', 'SOURCES', 'brain_slices', 'kvasir_seg', 'busi', 'covid_ct']
 import gzip, json, os, re, shutil, tempfile, zipfile
 from pathlib import Path
 
-from ..core import bar, check_numbers, DatasetError
+from ..core import progress, check_numbers, DatasetError
 from .archives import _check_zip, _fetch, _members, _open
 from .folder import UNLABELED
 
@@ -127,7 +127,7 @@ def _paired(where, images, masks):
 
 def _pictures(z, images, masks):
     "Of each image in the archive `z`: file name, group, its bytes, and its merged masks, 0 or 255"
-    for k in bar(_paired(z.filename, images, masks)):
+    for k in progress(_paired(z.filename, images, masks)):
         size = _open(z, images[k]).size
         mask = np.any([_lesion(z, m, size) for m in masks[k]], 0)
         yield f'{k}{images[k].suffix}', k, z.read(str(images[k])), np.uint8(mask)*255
@@ -173,7 +173,7 @@ def _slices(ct, mask, turn, every):
 def _covid_cases(scans, masks, every):
     with zipfile.ZipFile(scans) as a, zipfile.ZipFile(masks) as b:
         cts,labels = [{re.sub(r'\.nii(\.gz)?$', '', p.name): p for p in _members(z, '.nii', '.nii.gz')} for z in (a, b)]
-        for k in bar(_paired(f'{scans}, {masks}', cts, labels)):
+        for k in progress(_paired(f'{scans}, {masks}', cts, labels)):
             (ct,turn),(mask,_) = _volume(a, str(cts[k])),_volume(b, str(labels[k]))
             if ct.shape!=mask.shape: raise DatasetError(f'{masks}: {labels[k]} has shape {mask.shape}, its scan {ct.shape}')
             if not np.isin([mask.min(), mask.max()], range(4)).all(): raise DatasetError(f'{masks}: {labels[k]} has labels {mask.min()} to {mask.max()}; expected 0 to 3')

@@ -11,9 +11,9 @@ __all__ = ['Comparison', 'compare_runs']
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..display import Shown, Table
-from .report import _cell, _seconds, _word, read_report
-from .scores import interval
+from ..display import Displayable, Table
+from .report import _cell, _seconds, describe_gain, read_report
+from .scores import bootstrap_interval
 
 import numpy as np
 
@@ -26,7 +26,7 @@ def _how(name, s):
 
 # %% ../../nbs/42_evaluation.compare.ipynb #dab3eef8
 @dataclass(repr=False)
-class Comparison(Shown):
+class Comparison(Displayable):
     "Runs judged on the same images; the others are measured against the first"
     runs:dict # `{name: report}`
 
@@ -38,8 +38,8 @@ class Comparison(Shown):
     @property
     def tables(self):
         first,*others = self.runs
-        gains = {first: ['', '']} | {n: [_cell(interval(self.gains(n)), '+'), _word(self.gains(n))] for n in others}
-        rows = [[n, _cell(interval(self.dice(n))), *gains[n], self.steps(n), _seconds(self.training[n]) or '–'] for n in self.runs]
+        gains = {first: ['', '']} | {n: [_cell(bootstrap_interval(self.gains(n)), '+'), describe_gain(self.gains(n))] for n in others}
+        rows = [[n, _cell(bootstrap_interval(self.dice(n))), *gains[n], self.steps(n), _seconds(self.training[n]) or '–'] for n in self.runs]
         return [Table([['run', 'mean Dice', f'gain over {first}', '', 'target steps', 'seconds in all'], *rows]),
             Table([['run', 'teachers → target', 'views', 'recipe', 'size', 'seed'], *(_how(n, r.settings) for n,r in self.runs.items())])]
 

@@ -14,7 +14,7 @@ from fnmatch import filter as matching
 from inspect import signature
 from pathlib import Path
 
-from ..core import pick
+from ..core import lookup
 from .weights import file_weights, hub_weights, load_encoder, MIT, packaged_weights
 
 import timm, torch
@@ -87,11 +87,11 @@ def check_request(
     backbone:str=None, # timm encoder
 )->tuple:              # The `Network` and the encoder's timm name, or None
     "Find network and encoder by name; a `ValueError` with the nearest match if there is none"
-    net = pick(name, networks | {a: n for n in networks.values() for a in n.aliases}, 'network')
+    net = lookup(name, networks | {a: n for n in networks.values() for a in n.aliases}, 'network')
     if backbone is None: return net, net.backbone
     if not net.encoders: raise ValueError(f'{net.name} has an encoder of its own; backbone must be None, got {backbone!r}')
     allowed = matching([*timm.list_models(), *MIT], net.encoders)
-    return net, pick(str(backbone).split('.')[0], {o: o for o in allowed}, 'backbone' if net.encoders=='*' else f'{net.name} backbone')
+    return net, lookup(str(backbone).split('.')[0], {o: o for o in allowed}, 'backbone' if net.encoders=='*' else f'{net.name} backbone')
 
 # %% ../../nbs/10_models.core.ipynb #7162ee7a
 def _norm(backbone, n_in):
