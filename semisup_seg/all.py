@@ -9,7 +9,7 @@ from semisup_seg.models.core import SegNet, build_model, networks, register
 from semisup_seg.models.cost import cost, more_networks, n_params, network_table, speeds, stages
 from semisup_seg.training.losses import CEDiceLoss
 from semisup_seg.training.learner import KeepBest, find_lr, fit, seg_learner
-from semisup_seg.training.metrics import dice, jaccard, confusion_counts, overlap_metrics
+from semisup_seg.training.metrics import SegMetric, dice, foreground_mean, jaccard, confusion_counts, metrics, overlap_metrics, register_metric, score_mask
 from semisup_seg.training.inference import load_model, predict, save_model
 from semisup_seg.annotation.records import Annotations, spearman, predict_dice, read_annotations, show_annotations, show_calibration, reliability
 from semisup_seg.annotation.voting import agreement, entropy, vote, vote_rules
