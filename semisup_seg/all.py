@@ -11,7 +11,7 @@ from semisup_seg.training.losses import CEDiceLoss
 from semisup_seg.training.learner import KeepBest, find_lr, fit, seg_learner
 from semisup_seg.training.metrics import SegMetric, dice, foreground_mean, jaccard, confusion_counts, metrics, overlap_metrics, register_metric, score_mask
 from semisup_seg.training.inference import load_model, predict, save_model
-from semisup_seg.annotation.records import Annotations, spearman, predict_dice, read_annotations, show_annotations, show_calibration, reliability
+from semisup_seg.annotation.records import AnnotationRecord, Annotations, merge_annotations, predict_dice, read_annotations, reliability, show_annotations, show_calibration, spearman
 from semisup_seg.annotation.voting import agreement, entropy, vote, vote_rules
 from semisup_seg.annotation.views import View, get_views, register_view, views
 from semisup_seg.annotation.annotate import annotate, validation_dice, write_masks

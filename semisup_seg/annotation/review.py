@@ -10,12 +10,13 @@ __all__ = ['add_label', 'remove_label', 'Review']
 # %% ../../nbs/36_annotation.review.ipynb #08ea4311
 import os, shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from ..core import DatasetError, atomic
 from ..data.folder import UNLABELED, image_files
 from ..data.images import load_image, load_mask, read_codes
-from .records import read_annotations, write_rows
+from .records import read_annotations, write_records
 
 from fastcore.basics import patch
 
@@ -62,14 +63,14 @@ class Review:
 
     @property
     def rows(self): return self.ann.rows
-    def counts(self): return Counter(r['judgement'] for r in self.rows)
+    def counts(self): return Counter(r.judgement for r in self.rows)
 
     def _check(self):
         if not self.file.is_file() or self.file.read_bytes()!=self.seen: raise ValueError(f'{self.file}: was changed by someone else since it was read; nothing was written, open it again')
 
     def _write(self, changes, raw=None):
         rows = [changes.get(i, r) for i,r in enumerate(self.rows)]
-        if raw is None: write_rows(self.file, rows)
+        if raw is None: write_records(self.file, rows, self.ann.columns)
         else:
             with atomic(self.file) as f: f.write_bytes(raw)
         self.ann.rows,self.seen = rows, self.file.read_bytes()
@@ -80,12 +81,12 @@ class Review:
     ):
         "Say of a mask whether it is right"
         r = self.rows[i]
-        if not r['mask']: raise ValueError(f'{r["image"]}: has no mask ({r["error"]})')
+        if not r.mask: raise ValueError(f'{r.image}: has no mask ({r.error})')
         if judgement not in ('', 'accepted', 'rejected'): raise ValueError(f'judgement is {judgement!r}; expected accepted or rejected')
-        if r['judgement']=='in training': raise ValueError(f'{r["image"]}: is in training, where its label counts')
-        if judgement=='accepted' and not Path(r['image']).is_file(): raise ValueError(f'{r["image"]}: is gone; a mask without its image cannot be accepted')
+        if r.judgement=='in training': raise ValueError(f'{r.image}: is in training, where its label counts')
+        if judgement=='accepted' and not Path(r.image).is_file(): raise ValueError(f'{r.image}: is gone; a mask without its image cannot be accepted')
         self._check()
-        self._write({i: r | dict(judgement=judgement, used=judgement!='rejected')})
+        self._write({i: replace(r, judgement=judgement, used=judgement!='rejected')})
         self.steps.append(({i: r}, []))
 
 # %% ../../nbs/36_annotation.review.ipynb #25c7bc5b
@@ -95,13 +96,13 @@ def move(self:Review)->list: # Why some of the accepted stay; empty if all went
     self._check()
     before,after,moved,faults = {}, {}, [], []
     for i,r in enumerate(self.rows):
-        if r['judgement']!='accepted': continue
-        try: image,label = add_label(self.path, r['image'], self.ann.out/r['mask'])
+        if r.judgement!='accepted': continue
+        try: image,label = add_label(self.path, r.image, self.ann.out/r.mask)
         except (DatasetError, OSError) as e:
             faults.append(str(e))
             continue
-        before[i],after[i] = r, r | dict(image=str(image), judgement='in training', used=False)
-        moved.append((image, label, Path(r['image'])))
+        before[i],after[i] = r, replace(r, image=str(image), judgement='in training', used=False)
+        moved.append((image, label, Path(r.image)))
     if not moved: return faults
     try: self._write(after)
     except OSError:
@@ -117,7 +118,7 @@ def undo(self:Review):
     self._check()
     before,moved = self.steps[-1]
     for (image,label,old),r in zip(moved, before.values()):
-        if not (image.is_file() and label.is_file()) or label.read_bytes()!=(self.ann.out/r['mask']).read_bytes(): raise ValueError(f'{label}: was changed since it was moved; nothing was undone')
+        if not (image.is_file() and label.is_file()) or label.read_bytes()!=(self.ann.out/r.mask).read_bytes(): raise ValueError(f'{label}: was changed since it was moved; nothing was undone')
         if old.exists(): raise ValueError(f'{old}: is there again; nothing was undone')
     for o in moved: remove_label(*o)
     self._write(before, self.first if len(self.steps)==1 else None)
@@ -125,19 +126,19 @@ def undo(self:Review):
 
 # %% ../../nbs/36_annotation.review.ipynb #1f5494d7
 @patch
-def gone(self:Review)->set: # Indices into `rows`
+def missing_files(self:Review)->set: # Indices into `rows`
     "The annotations whose image or mask is no longer there"
-    need = [[p for p in (Path(r['image']), r['mask'] and self.ann.out/r['mask']) if p] for r in self.rows]
+    need = [[p for p in (Path(r.image), r.mask and self.ann.out/r.mask) if p] for r in self.rows]
     there = {d: {*os.listdir(d)} if d.is_dir() else set() for d in {p.parent for ps in need for p in ps}}
     return {i for i,ps in enumerate(need) if not all(p.name in there[p.parent] for p in ps)}
 
 @patch
-def remarks(self:Review)->list: # Sentences
+def warnings(self:Review)->list: # Sentences
     "What is amiss with these annotations"
     gone,n,res = self.missing_files(), len(self.rows), []
-    def _some(rows): return ', '.join(Path(r['image']).name for r in rows[:3]) + ('…' if len(rows)>3 else '')
+    def _some(rows): return ', '.join(Path(r.image).name for r in rows[:3]) + ('…' if len(rows)>3 else '')
     if gone: res.append(f'{len(gone)} of {n} images or masks are no longer there ({_some([self.rows[i] for i in sorted(gone)])}).')
-    other = [r for r in self.rows if r['judgement']!='in training' and Path(r['image']).resolve().parent!=(self.path/UNLABELED).resolve()]
+    other = [r for r in self.rows if r.judgement!='in training' and Path(r.image).resolve().parent!=(self.path/UNLABELED).resolve()]
     if other: res.append(f'{len(other)} of {n} images do not lie in {self.path/UNLABELED} ({_some(other)}): they can be judged, not moved. Is this the data set of that run?')
     if self.ann.unread: res.append(f'{len(self.ann.unread)} images have no mask ({_some(self.ann.unread)}).')
     return res

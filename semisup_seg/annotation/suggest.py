@@ -53,10 +53,10 @@ def suggest(
     "The images whose labelling would help most: doubted, and like many others that are"
     check_numbers(n=(n, 1))
     k = reliability(annotations.rows)
-    rows = [r for r in annotations.ranked() if r['judgement'] not in ('accepted', 'in training') and Path(r['image']).is_file()]
+    rows = [r for r in annotations.ranked() if r.judgement not in ('accepted', 'in training') and Path(r.image).is_file()]
     rows = rows[:max(5*n, min(500, len(rows)//2))]
     with ThreadPoolExecutor(4) as pool:
-        looks = list(progress(pool.map(thumbnail_features, [*(r['image'] for r in rows), *labelled]), len(rows)+len(labelled), 'images'))
+        looks = list(progress(pool.map(thumbnail_features, [*(r.image for r in rows), *labelled]), len(rows)+len(labelled), 'images'))
     if not rows: return []
-    doubt = np.array([1-r[k] for r in rows])
-    return [Path(rows[i]['image']) for i in select_coverage(np.stack(looks[:len(rows)]), doubt, min(n, len(rows)), looks[len(rows):])]
+    doubt = np.array([1-getattr(r, k) for r in rows])
+    return [Path(rows[i].image) for i in select_coverage(np.stack(looks[:len(rows)]), doubt, min(n, len(rows)), looks[len(rows):])]
