@@ -42,7 +42,7 @@ class AnnotationRecord:
     voter_scores:list|None=field(default=None, compare=False) # Per teacher, `{view name: metrics}`; `image` is the image itself
     extra:dict=field(default_factory=dict) # Cells of columns that were added to the table by hand
 
-# %% ../../nbs/32_annotation.records.ipynb #62124f16
+# %% ../../nbs/32_annotation.records.ipynb #be051fbb
 COLUMNS = 'image', 'mask', 'confidence', 'entropy', 'agreement', 'predicted_dice', 'used', 'judgement', 'error'
 CHECKED = 'image', 'label', 'confidence', 'entropy', 'agreement', 'dice'
 JUDGEMENTS = '', 'accepted', 'rejected', 'in training'
@@ -65,7 +65,7 @@ def write_records(
         writer.writerow(columns)
         for r in records: writer.writerow([_cell(r, c) for c in columns])
 
-# %% ../../nbs/32_annotation.records.ipynb #4c94f1a2
+# %% ../../nbs/32_annotation.records.ipynb #de1863e7
 def reliability(
     rows:list, # `AnnotationRecord`s
 )->str:        # 'agreement' or 'confidence'
@@ -104,7 +104,7 @@ class Annotations:
         if self.checked: write_records(self.out/'calibration.csv', self.checked, CHECKED)
         return self
 
-# %% ../../nbs/32_annotation.records.ipynb #5f2bba02
+# %% ../../nbs/32_annotation.records.ipynb #6530cdd0
 def _known_measures(records):
     "Names of the measures that `records` have"
     return [k for k in ('confidence', 'agreement', 'predicted_dice') if getattr(records[0], k) is not None]
@@ -153,7 +153,7 @@ def _read_records(file, columns):
     try: return [_parse_record(o, columns) for o in lines], names
     except ValueError as e: raise ValueError(f'{file}: is not a table of annotations ({e})') from e
 
-# %% ../../nbs/32_annotation.records.ipynb #7dbca8df
+# %% ../../nbs/32_annotation.records.ipynb #89d24d49
 def read_annotations(
     out:str|Path, # The folder that holds `annotations.csv`
 )->Annotations:
@@ -190,7 +190,7 @@ def predict_dice(
     def _predict(value): return None if value is None else float(np.clip(slope*value + intercept, 0, 1).round(5))
     return [_predict(getattr(r, measure)) for r in rows]
 
-# %% ../../nbs/32_annotation.records.ipynb #f5f78618
+# %% ../../nbs/32_annotation.records.ipynb #7736cfdf
 def _drop_repeats(records):
     "`records` in their order, each image once; a `ValueError` if two records of one image differ"
     first = {}
@@ -236,7 +236,7 @@ def _draw_pairs(ann, records):
     values = sorted({int(v) for m in masks if not isinstance(m, str) for v in np.unique(m)})
     return [_draw_pair(i, m, values) for i,m in zip(images, masks)], values
 
-# %% ../../nbs/32_annotation.records.ipynb #7b76cd4b
+# %% ../../nbs/32_annotation.records.ipynb #d163757a
 @patch
 def _repr_html_(self:Annotations, n=3):
     summary = f'<div>{to_html(repr(self))}</div>'
@@ -267,7 +267,7 @@ def show_annotations(
     least,most = ranked[:n], ranked[len(ranked)-n:]
     show_rows([[_draw(r) for r in least], [_draw(r) for r in most]], labels=['least trusted', 'most trusted'])
 
-# %% ../../nbs/32_annotation.records.ipynb #22d8771d
+# %% ../../nbs/32_annotation.records.ipynb #c977fb72
 def show_calibration(
     ann:Annotations, # From `annotate` with validation images
 ):
