@@ -10,15 +10,20 @@ from semisup_seg.models.cost import cost, more_networks, n_params, network_table
 from semisup_seg.training.losses import CEDiceLoss
 from semisup_seg.training.learner import KeepBest, find_lr, fit, seg_learner
 from semisup_seg.training.metrics import SegMetric, dice, foreground_mean, jaccard, confusion_counts, metrics, overlap_metrics, register_metric, score_mask
-from semisup_seg.training.inference import load_model, predict, save_model
+from semisup_seg.training.inference import Predictor, load_model, predict, save_model
 from semisup_seg.annotation.records import AnnotationRecord, Annotations, merge_annotations, predict_dice, read_annotations, reliability, show_annotations, show_calibration, spearman
 from semisup_seg.annotation.voting import agreement, entropy, vote, vote_rules
 from semisup_seg.annotation.views import View, get_views, register_view, views
+from semisup_seg.annotation.batch import annotate_batch, prepare_vote
 from semisup_seg.annotation.annotate import annotate, validation_dice, write_masks
-from semisup_seg.distillation.recipe import Again, ConfidenceThreshold, CutMix, EMA, HardLabels, MixedBatches, PseudoCallback, ViewAugment, StrongAugment, TopReliable, get_recipe, recipes
+from semisup_seg.distillation.batches import ConfidenceThreshold, CutMix, HardLabels, MixedBatches, PseudoCallback, StrongAugment
+from semisup_seg.distillation.recipe import EMA, Recipe, TopReliable, ViewAugment, get_recipe, recipes
+from semisup_seg.distillation.run import describe_event, read_events
+from semisup_seg.distillation.methods import Result, methods, online_training, register_method
 from semisup_seg.evaluation.report import Report, curves, evaluation_files, make_report, read_report, save_report
 from semisup_seg.evaluation.scores import bootstrap_interval, score_images, score_masks
-from semisup_seg.distillation.distill import Result, data_distillation, distill, model_data_distillation, model_distillation, simple_training
+from semisup_seg.distillation.distill import data_distillation, distill, model_data_distillation, model_distillation, simple_training
+from semisup_seg.distillation.mean_teacher import MeanTeacher
 from semisup_seg.evaluation.compare import Comparison, compare_runs
 from semisup_seg.annotation.suggest import suggest
 from semisup_seg.annotation.review import Review, add_label

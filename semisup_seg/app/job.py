@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import filter as matching
 
 from ..core import lookup
-from ..distillation.distill import check_run
+from ..distillation.experiment import check_run
 from ..models.core import networks
 from ..distillation.recipe import recipes
 

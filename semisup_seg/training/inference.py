@@ -6,7 +6,7 @@ Docs: https://semisup-seg.github.io/semisup_seg/training.inference.html.md"""
 
 # %% auto #0
 __all__ = ['save_model', 'unwrap_model', 'load_model', 'argmax_by_class', 'probs_to_mask', 'NetworkInput', 'Predictor',
-           'is_out_of_memory', 'forward_probs', 'prefetch', 'predict']
+           'is_out_of_memory', 'forward_probs', 'prefetch', 'predict', 'predict_masks']
 
 # %% ../../nbs/25_training.inference.ipynb #0490ca26
 import json
@@ -101,7 +101,7 @@ def probs_to_mask(
     "Resize `probs` to `size`, then take the most probable class of each pixel"
     return argmax_by_class(cv2.resize(p, size[::-1]) for p in probs.cpu().numpy())
 
-# %% ../../nbs/25_training.inference.ipynb #c23d1e44
+# %% ../../nbs/25_training.inference.ipynb #aae28210
 @dataclass
 class NetworkInput:
     "An image as networks see it"
@@ -152,7 +152,7 @@ def forward_probs(
     with torch.autocast(device.type, enabled=device.type=='cuda'): logits = network(x)
     return logits.float().softmax(1)
 
-# %% ../../nbs/25_training.inference.ipynb #14dff3d4
+# %% ../../nbs/25_training.inference.ipynb #14e18c50
 @patch
 def probs(self:Predictor,
     network,     # As in `forward_probs`
@@ -201,7 +201,7 @@ def predict_views(self:Predictor,
             probs = self.probs(network, images)
             yield view, k, view.invert(probs, size) if view else probs
 
-# %% ../../nbs/25_training.inference.ipynb #6424db65
+# %% ../../nbs/25_training.inference.ipynb #08bdda63
 @patch
 def class_maps(self:Predictor,
     probs:list,         # Probabilities `(c, h, w)` for each of the arrays of `image`
@@ -219,7 +219,7 @@ def mask(self:Predictor,
     "Class indices and confidence of each pixel of `image`"
     return argmax_by_class(self.class_maps(probs, image))
 
-# %% ../../nbs/25_training.inference.ipynb #e25c0d3a
+# %% ../../nbs/25_training.inference.ipynb #97366c81
 def _as_list(images):
     "The images to predict as a list, or None where a single one is given"
     if isinstance(images, (str, Path)) and Path(images).is_dir(): return image_files(images)
@@ -238,15 +238,20 @@ def predict(
     several = _as_list(images)
     model = unwrap_model(model).eval()
     predictor = Predictor(size or model.size, bs, window)
-    masks = _predict_masks(model, [images] if several is None else several, predictor)
+    masks = predict_masks(model, [images] if several is None else several, predictor)
     return masks[0] if several is None else masks
 
-def _predict_masks(model, images, predictor):
+def predict_masks(
+    network,             # As in `forward_probs`
+    images:list,         # Whatever `load_image` takes
+    predictor:Predictor, # Reads the images and runs the network
+)->list:                 # Class indices, uint8 `(h, w)`, at each image's own size
+    "The masks that `network` predicts, with a progress bar where there are many images"
     batch = 1 if predictor.window else predictor.bs
     starts = range(0, len(images), batch)
     masks = []
     for i in starts if len(images)<=64 else progress(starts):
         inputs = [predictor.load(o) for o in images[i:i+batch]]
-        probs = iter(predictor.probs(model, [a for o in inputs for a in o.arrays]))
+        probs = iter(predictor.probs(network, [a for o in inputs for a in o.arrays]))
         masks += [predictor.mask([next(probs) for _ in o.arrays], o)[0] for o in inputs]
     return masks
