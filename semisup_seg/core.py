@@ -1,4 +1,4 @@
-"""Mistakes are reported with what was given and what is allowed; files are written whole or not at all.
+"""Errors that say what was given and what is allowed, lookup by name, files that are written whole or not at all, and a progress bar.
 
 Docs: https://semisup-seg.github.io/semisup_seg/core.html.md"""
 
@@ -9,7 +9,7 @@ __all__ = ['IGNORE', 'DatasetError', 'lookup', 'check_numbers', 'check_positive'
            'progress']
 
 # %% ../nbs/00_core.ipynb #1c339464
-import difflib, os, sys, time
+import difflib, math, os, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,56 +18,82 @@ from fastprogress.fastprogress import progress_bar
 
 # %% ../nbs/00_core.ipynb #d69eb8a7
 class DatasetError(ValueError):
-    "All the faults of a data set, one line each, in `faults`"
+    "List all faults of a data set; `faults` holds one sentence each"
     def __init__(self,
-        faults, # One sentence per fault, starting with the file it is about; a single string is one fault
+        faults:str|list, # One sentence per fault, starting with the file it is about; a string is a single fault
     ):
         self.faults = [faults] if isinstance(faults, str) else list(faults)
-        n = len(self.faults)
-        super().__init__(self.faults[0] if n==1 else '\n'.join([f'{n} faults found:'] + [f'- {f}' for f in self.faults]))
+        if len(self.faults)==1: message = self.faults[0]
+        else: message = '\n- '.join([f'{len(self.faults)} faults found:', *self.faults])
+        super().__init__(message)
 
 # %% ../nbs/00_core.ipynb #89a5344a
-def _squash(name, drop): return ''.join(c for c in str(name).lower() if c not in drop)
+def _plain(name, drop): return ''.join(c for c in str(name).lower() if c not in drop)
+
+def _by_plain_name(names, drop): return {_plain(n, drop): n for n in reversed(list(names))}
 
 def lookup(
-    name:str,      # What the caller typed
-    options:dict,  # The allowed names, each with what it stands for
+    name:str,        # What the caller typed
+    options:dict,    # The allowed names, each with what it stands for
     what:str='name', # What is being chosen, for the message
-):
-    "What `name` stands for in `options`; a `ValueError` with the nearest match otherwise"
+):                   # The value of the option
+    "Find `name` in `options`; a `ValueError` with the nearest match if it is not there"
     for drop in (' -_', ' -_+'):
-        keys = {_squash(k, drop): k for k in reversed(list(options))}
-        if (k := keys.get(_squash(name, drop))) is not None: return options[k]
-    near = difflib.get_close_matches(_squash(name, drop), list(keys), 1, cutoff=0.5)
+        found = _by_plain_name(options, drop).get(_plain(name, drop))
+        if found is not None: return options[found]
+    raise ValueError(_unknown_name(name, options, what))
+
+# %% ../nbs/00_core.ipynb #a0000004
+def _unknown_name(name, options, what):
+    "The message for a `name` that is not in `options`"
+    drop = ' -_+'
+    keys = _by_plain_name(options, drop)
+    near = difflib.get_close_matches(_plain(name, drop), list(keys), 1, cutoff=0.5)
     hint = f' Did you mean {keys[near[0]]!r}?' if near else ''
-    some = list(options) if len(options)<=40 else [*difflib.get_close_matches(str(name), list(options), 8, cutoff=0), f'… {len(options)} in all']
-    raise ValueError(f'Unknown {what} {name!r}.{hint} Allowed: {", ".join(some)}')
+    allowed = list(options)
+    if len(allowed)>40:
+        similar = difflib.get_close_matches(str(name), allowed, 8, cutoff=0)
+        allowed = [*similar, f'… {len(options)} in all']
+    return f'Unknown {what} {name!r}.{hint} Allowed: {", ".join(allowed)}'
 
 # %% ../nbs/00_core.ipynb #32847c2f
-def check_numbers(**numbers):
-    "Refuse a value that is no whole number, or too low; each is `(value, lowest allowed)`"
-    for k,(v,low) in numbers.items():
-        if not isinstance(v, int) or isinstance(v, bool) or v<low: raise ValueError(f'{k} is {v!r}; expected a whole number of at least {low}')
+def check_numbers(
+    **numbers, # `argument=(value, lowest allowed)`
+):
+    "Raise a `ValueError` for a value that is not a whole number or is too low"
+    for name,(value,lowest) in numbers.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if whole and value>=lowest: continue
+        raise ValueError(f'{name} is {value!r}; expected a whole number of at least {lowest}')
 
-def check_positive(**rates):
-    "Refuse a learning rate that is no positive number"
-    for k,v in rates.items():
-        if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0<v<float('inf'): raise ValueError(f'{k} is {v!r}; expected a positive number')
+# %% ../nbs/00_core.ipynb #a0000007
+def _is_number(value): return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-def check_fractions(**shares):
-    "Refuse a part of a whole that is not above 0 and at most 1"
-    for k,v in shares.items():
-        if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0<v<=1: raise ValueError(f'{k} is {v!r}; expected a number above 0 and at most 1')
+def check_positive(
+    **numbers, # `argument=value`
+):
+    "Raise a `ValueError` for a value that is not a finite number above 0, such as a learning rate"
+    for name,value in numbers.items():
+        allowed = _is_number(value) and 0<value<math.inf
+        if not allowed: raise ValueError(f'{name} is {value!r}; expected a positive number')
+
+def check_fractions(
+    **numbers, # `argument=value`
+):
+    "Raise a `ValueError` for a value that is not above 0 and at most 1"
+    for name,value in numbers.items():
+        allowed = _is_number(value) and 0<value<=1
+        if not allowed: raise ValueError(f'{name} is {value!r}; expected a number above 0 and at most 1')
 
 # %% ../nbs/00_core.ipynb #6a06e9ab
-IGNORE = 255  # class index of pixels that neither train nor count
+IGNORE = 255  # class index of pixels that losses and metrics leave out
 
 # %% ../nbs/00_core.ipynb #d03a5fec
 @contextmanager
 def atomic(
-    path:str|Path, # The file to write
-):
-    "A temporary path to write to, which becomes `path` when the block ends well and vanishes otherwise"
+    path:str|Path, # The file to write; its folder is made
+):                 # The temporary path to write to
+    "Write to a temporary path, which becomes `path` when the block ends without an error"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{os.getpid()}-{path.name}')
@@ -77,20 +103,25 @@ def atomic(
     finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #ef12bf75
-def on_screen(): return IN_NOTEBOOK or sys.stdout.isatty()
+def on_screen()->bool:
+    "Whether a progress bar can be drawn: in a notebook or a terminal"
+    return IN_NOTEBOOK or sys.stdout.isatty()
 
-def _rated(items, what):
+def _show_rate(bar, what):
+    "Go through `bar` and write beside it how many of `what` pass in a second"
     start = time.time()
-    for i,o in enumerate(items, 1):
+    for i,o in enumerate(bar, 1):
         yield o
-        items.comment = f'{i/(time.time()-start+1e-9):.1f} {what} a second'
+        seconds = time.time()-start+1e-9
+        bar.comment = f'{i/seconds:.1f} {what} a second'
 
 def progress(
     items,          # What to go through
-    total:int=None, # How many there are; None: their length is known
+    total:int=None, # How many there are; needed where `items` has no length
     what:str=None,  # What they are, to show how many pass in a second
-):
-    "`items`, with a progress bar and the time left where one can be drawn"
+):                  # An iterable of the same items
+    "Go through `items` with a progress bar and the time left, where a bar can be drawn"
     if not on_screen(): return items
-    drawn = progress_bar(items, total=total, leave=False)
-    return _rated(drawn, what) if what else drawn
+    bar = progress_bar(items, total=total, leave=False)
+    if not what: return bar
+    return _show_rate(bar, what)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from fastai.torch_core import norm_types
 
 import semisup_seg
-from semisup_seg.data.sources import _brain_volumes
+from semisup_seg.data.sources import brain_volumes
 from semisup_seg.training.losses import CEDiceLoss
 from semisup_seg.training.metrics import dice, confusion_counts
 from semisup_seg.training.learner import encoder_splitter, seg_learner
@@ -147,7 +147,7 @@ LEARN = {  # encoder, side of the image, steps, highest learning rate, further o
 
 def four_slices(size):
     "Four slices of `brain` without their dark margin, `(4, 3, size, size)` in 0–1, and their classes"
-    image,label = (torch.from_numpy(v[45:91:15, 52:180, 34:162].copy())[:, None].float() for v in _brain_volumes())
+    image,label = (torch.from_numpy(v[45:91:15, 52:180, 34:162].copy())[:, None].float() for v in brain_volumes())
     x = F.interpolate(image/255, (size, size), mode='bilinear').repeat(1, 3, 1, 1)
     return x.contiguous(memory_format=torch.channels_last), F.interpolate(label, (size, size))[:, 0].long()
 
