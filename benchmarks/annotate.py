@@ -162,15 +162,15 @@ def doubt(o):
         path = lay_out(o.data/name, o.work/f'{name}-60')
         m,test,valid = teacher(path, o.work/f'{name}.pth'), split_files(path, 'test'), split_files(path, 'valid')
         with tempfile.TemporaryDirectory() as d: ann = annotate(m, [f for f,_ in valid], d, [*FLIPS, 'Gamma'], valid=test)
-        known = {r['image']: r for r in ann.checked if r['dice'] is not None}
+        known = {r.image: r for r in ann.checked if r.dice is not None}
         with tempfile.TemporaryDirectory() as d: ann = annotate(m, [f for f,_ in test], d, [*FLIPS, 'Gamma'], valid=valid)
-        mine = [r for r in ann.rows if r['image'] in known]
-        true = [known[r['image']]['dice'] for r in mine]
-        rows.append(dict(set=name, images=len(mine), dice=float(np.mean(true)), **{k: spearman([r[k] for r in mine], true) for k in ('agreement', 'confidence', 'entropy')},
-            valid=spearman([r['agreement'] for r in ann.checked], [r['dice'] for r in ann.checked]),
-            error=float(np.mean(np.abs(np.subtract([r['predicted_dice'] for r in mine], true)))),
-            error_of_mean=float(np.mean(np.abs(np.mean([r['dice'] for r in ann.checked])-np.array(true)))),
-            points=[[r['agreement'], r['predicted_dice'], t] for r,t in zip(mine, true)]))
+        mine = [r for r in ann.rows if r.image in known]
+        true = [known[r.image].dice for r in mine]
+        rows.append(dict(set=name, images=len(mine), dice=float(np.mean(true)), **{k: spearman([getattr(r, k) for r in mine], true) for k in ('agreement', 'confidence', 'entropy')},
+            valid=spearman([r.agreement for r in ann.checked], [r.dice for r in ann.checked]),
+            error=float(np.mean(np.abs(np.subtract([r.predicted_dice for r in mine], true)))),
+            error_of_mean=float(np.mean(np.abs(np.mean([r.dice for r in ann.checked])-np.array(true)))),
+            points=[[r.agreement, r.predicted_dice, t] for r,t in zip(mine, true)]))
         print({k: v for k,v in rows[-1].items() if k!='points'}, flush=True)
     return rows
 

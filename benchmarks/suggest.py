@@ -20,7 +20,7 @@ COLUMNS = 'set', 'how', 'seed', 'more', 'groups', 'size', 'bs', 'steps', 'second
 def choose(how, ann, n, labelled, seed):
     "`n` of the images that have no label"
     if how=='suggested': return suggest(ann, n, labelled)
-    if how=='least trusted': return [Path(r['image']) for r in ann.ranked()[:n]]
+    if how=='least trusted': return [Path(r.image) for r in ann.ranked()[:n]]
     return random.Random(seed).sample(sorted(ann.pairs), n)
 
 def train(bench, how, seed, more):

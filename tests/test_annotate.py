@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from conftest import disc, make_model, photo, python, save, tree
 from PIL import Image
 
-import semisup_seg.annotation.annotate as N, semisup_seg.annotation.records as R
+import semisup_seg.annotation.annotate as N
 from semisup_seg.annotation.annotate import annotate, validation_dice, write_masks
 from semisup_seg.training.inference import opinions
 from semisup_seg.core import DatasetError
@@ -13,7 +13,7 @@ from semisup_seg.data.images import load_image, load_mask, parse_codes
 from semisup_seg.data.folder import split_files, unlabeled_files
 from semisup_seg.data.loaders import resize_image
 from semisup_seg.training.inference import predict, save_model, probs_to_mask
-from semisup_seg.annotation.records import COLUMNS, Annotations, spearman, predict_dice, read_annotations, show_annotations, show_calibration
+from semisup_seg.annotation.records import COLUMNS, read_annotations
 from semisup_seg.annotation.views import get_views, views
 from semisup_seg.annotation.voting import vote
 
@@ -116,24 +116,6 @@ def test_awkward_file_names_survive(tiny, tmp_path):
     for n in ('a, b.png', 'quote".png', 'ä ö.png', 'x.y.png'): save(tmp_path/'in'/n, np.uint8(np.random.default_rng(0).integers(0, 255, (20, 30))))
     annotate(tiny, tmp_path/'in', tmp_path/'out')
     assert read_annotations(tmp_path/'out').pairs=={f: tmp_path/'out/annotations'/f'{f.stem}.png' for f in (tmp_path/'in').iterdir()}
-
-@pytest.mark.parametrize('word,used', [('True', True), ('False', False), ('TRUE', True), ('FALSE', False), ('true', True)])
-def test_used_as_a_spreadsheet_writes_it(tmp_path, word, used):
-    (tmp_path/'annotations.csv').write_text(f'{",".join(COLUMNS)}\na.png,annotations/a.png,0.9,0.1,0.8,,{word},\n')
-    assert len(read_annotations(tmp_path).pairs)==used
-
-@pytest.mark.parametrize('text', ['', 'x', 'image,mask\na,b\n', f'{",".join(COLUMNS)}\na,b,much,0.5,0.5,,True,\n', f'{",".join(COLUMNS)}\na,b,,,,,True,\n', f'{",".join(COLUMNS)}\na,b\n'])
-def test_spoilt_table(tmp_path, text):
-    (tmp_path/'annotations.csv').write_text(text)
-    with pytest.raises(ValueError, match='annotations.csv'): read_annotations(tmp_path)
-
-def test_no_table(tmp_path):
-    with pytest.raises(ValueError, match='no such file'): read_annotations(tmp_path)
-
-def test_unused_rows_are_no_pairs(tmp_path):
-    rows = [dict(image=f'{i}.png', mask=f'annotations/{i}.png', confidence=0.9, entropy=0.1, agreement=1.0, predicted_dice=None, used=i>0, error='') for i in range(3)]
-    Annotations(tmp_path, rows, []).save()
-    assert [f.name for f in read_annotations(tmp_path).pairs]==['1.png', '2.png']
 
 # --- what is refused
 
@@ -481,21 +463,6 @@ def test_validation_images_are_looked_at_too(tiny, trained_discs, files, tmp_pat
     save(mine, 255-np.array(Image.open(label)))
     assert annotate(tiny, files, tmp_path/'out', valid=[(image, mine)]).checked[0]['dice']!=before
 
-def row(agreement, dice=None, confidence=0.8): return dict(agreement=agreement, confidence=confidence, dice=dice)
-
-@pytest.mark.parametrize('checked,want', [([], [None, None]), ([row(0.5, None)], [None, None]), ([row(0.5, 0.6)], [0.6, 0.6]), ([row(0.5, 0.6), row(0.9, 0.8)], [0.7, 0.7]),
-    ([row(0.5, 0.6)]*3, [0.6, 0.6]), ([row(0.5, 0.5), row(0.7, 0.7), row(0.9, 0.9)], [0.6, 1.0]),
-    ([row(0.5, 0.9), row(0.9, 0.9), row(0.7, None), row(0.6, 0.9)], [0.9, 0.9])])
-def test_predictions_from_little(checked, want): assert predict_dice([row(0.6), row(1.2)], checked)==pytest.approx(want)
-
-def test_a_single_voter_is_judged_by_its_confidence():
-    checked = [row(1, d, c) for d,c in ((0.5, 0.6), (0.6, 0.7), (0.7, 0.8))]
-    assert predict_dice([row(1, None, 0.9)], checked)==pytest.approx([0.8])
-
-def test_correlation():
-    assert spearman([1, 2, 3], [2, 4, 9])==pytest.approx(1) and spearman([1, 2, 3], [3, 2, 1])==pytest.approx(-1)
-    assert np.isnan(spearman([1, 1], [1, 2]))
-
 def test_weights_from_the_validation_images(tiny, trained_discs, tmp_path):
     pairs = split_files(trained_discs, 'valid')
     f = save_model(tiny, tmp_path/'m.pth')
@@ -511,16 +478,6 @@ def test_validation_dice_of_views(tiny, trained_discs, files, tmp_path):
     broken = tmp_path/'broken.png'
     broken.write_bytes(b'no picture')
     with pytest.raises(DatasetError, match='broken.png'): validation_dice([tiny], [(broken, pairs[0][1])])
-
-def test_pictures(monkeypatch, tiny, trained_discs, files, tmp_path):
-    seen = []
-    monkeypatch.setattr(R, 'show_rows', lambda rows, **kw: seen.append([len(r) for r in rows]))
-    ann = annotate(tiny, files, tmp_path, ['H Flip'], valid=split_files(trained_discs, 'valid'))
-    show_annotations(ann, tiny.codes, 2)
-    show_annotations(ann, tiny.codes, 9)
-    assert seen==[[2, 2], [5, 5]]
-    show_calibration(ann)
-    with pytest.raises(ValueError, match='no validation image'): show_calibration(annotate(tiny, files, tmp_path))
 
 @pytest.mark.parametrize('window', [None, 40])
 def test_confidence_and_soft_probabilities(tmp_path, window):

@@ -1,4 +1,4 @@
-"""You have an hour to draw a few more masks: which images are worth it?
+"""Which images to label next, so that a few more masks help most: active learning by uncertainty and coverage.
 
 Docs: https://semisup-seg.github.io/semisup_seg/annotation.suggest.html.md"""
 
@@ -19,44 +19,55 @@ from pathlib import Path
 # %% ../../nbs/35_annotation.suggest.ipynb #096a816b
 def thumbnail_features(
     file:str|Path, # An image
-    side:int=16,   # To which it is shrunk, pixels
+    side:int=16,   # Side of the thumbnail, pixels
 )->np.ndarray:     # Unit vector of `side*side*3` numbers
-    "The coarse look of an image, so that a dot product tells how alike two of them are, -1 to 1"
-    v = cv2.resize(load_image(file), (side, side), interpolation=cv2.INTER_AREA).astype(np.float32).ravel()
+    "Features of an image from its thumbnail; the dot product of two is their cosine similarity, -1 to 1"
+    thumbnail = cv2.resize(load_image(file), (side, side), interpolation=cv2.INTER_AREA)
+    v = thumbnail.astype(np.float32).ravel()
     v -= v.mean()
-    return v/max(np.linalg.norm(v), 1e-6)
+    norm = np.linalg.norm(v)
+    return v/max(norm, 1e-6)
 
 # %% ../../nbs/35_annotation.suggest.ipynb #ba60d041
 def select_coverage(
-    looks:np.ndarray,  # Unit vectors, `(images, d)`
-    doubt:np.ndarray,  # How much each is doubted, `(images,)`, at least 0
-    n:int,             # How many to choose
-    known=(),          # Unit vectors of images that are labelled, `(k, d)`
-)->list:               # Their indices, the most useful first
-    "Choose images that resemble many doubted ones, each time counting only what is not covered yet"
-    like = np.maximum(looks@looks.T, 0)
-    reached = np.maximum((looks@np.stack(known).T).max(1), 0) if len(known) else np.zeros(len(looks))
-    chosen = []
+    features:np.ndarray,    # Unit vectors of the images, `(images, d)`
+    uncertainty:np.ndarray, # Of each image, at least 0, `(images,)`
+    n:int,                  # How many to select, at most `images`
+    known=(),               # Unit vectors of labelled images, `(k, d)`
+)->list:                    # Indices of the images, the most useful first
+    "Select images that resemble many uncertain ones, greedily, by the facility-location function"
+    similarity = np.maximum(features@features.T, 0)
+    covered = np.zeros(len(features))
+    for v in known: covered = np.maximum(covered, features@v)
+    selected = []
     for _ in range(n):
-        gain = np.maximum(like-reached, 0)@doubt
-        gain[chosen] = -1
-        chosen.append(int(gain.argmax()))
-        reached = np.maximum(reached, like[chosen[-1]])
-    return chosen
+        gain = np.maximum(similarity-covered, 0)@uncertainty
+        gain[selected] = -1
+        best = int(gain.argmax())
+        selected.append(best)
+        covered = np.maximum(covered, similarity[best])
+    return selected
 
 # %% ../../nbs/35_annotation.suggest.ipynb #b1e9b697
+def _candidates(annotations, n):
+    "Records of the less reliable half, whose images exist and have no accepted mask"
+    settled = 'accepted', 'in training'
+    rows = [r for r in annotations.ranked() if r.judgement not in settled and Path(r.image).is_file()]
+    return rows[:max(5*n, min(500, len(rows)//2))]
+
+# %% ../../nbs/35_annotation.suggest.ipynb #e9e6da0b
 def suggest(
     annotations:Annotations, # From `annotate` or a run
-    n:int,                   # How many
+    n:int,                   # How many images, at least 1
     labelled=(),             # Image files that have labels
 )->list:                     # Image files, the most useful first; fewer than `n` where no more are left
-    "The images whose labelling would help most: doubted, and like many others that are"
+    "Suggest images to label: those that are uncertain, and resemble many that are"
     check_numbers(n=(n, 1))
-    k = reliability(annotations.rows)
-    rows = [r for r in annotations.ranked() if r.judgement not in ('accepted', 'in training') and Path(r.image).is_file()]
-    rows = rows[:max(5*n, min(500, len(rows)//2))]
-    with ThreadPoolExecutor(4) as pool:
-        looks = list(progress(pool.map(thumbnail_features, [*(r.image for r in rows), *labelled]), len(rows)+len(labelled), 'images'))
+    rows = _candidates(annotations, n)
     if not rows: return []
-    doubt = np.array([1-getattr(r, k) for r in rows])
-    return [Path(rows[i].image) for i in select_coverage(np.stack(looks[:len(rows)]), doubt, min(n, len(rows)), looks[len(rows):])]
+    files = [r.image for r in rows] + list(labelled)
+    with ThreadPoolExecutor(4) as pool: features = list(progress(pool.map(thumbnail_features, files), len(files), 'images'))
+    measure = reliability(annotations.rows)
+    uncertainty = np.array([1-getattr(r, measure) for r in rows])
+    selected = select_coverage(np.stack(features[:len(rows)]), uncertainty, min(n, len(rows)), features[len(rows):])
+    return [Path(rows[i].image) for i in selected]

@@ -1,4 +1,4 @@
-"""Fourteen ways to look at the same image again, each with the way back.
+"""Fourteen transforms of an image, each with its inverse for the prediction.
 
 Docs: https://semisup-seg.github.io/semisup_seg/annotation.views.html.md"""
 
@@ -19,118 +19,126 @@ from ..core import lookup
 # %% ../../nbs/30_annotation.views.ipynb #1a4e7694
 @dataclass(frozen=True)
 class View:
-    "A way to look at an image"
-    name:str       # As the user types it
-    apply:callable # uint8 `(h, w, 3)` to the same
-    invert:callable # Probabilities `(n, c, h', w')` of changed images, and the size `(h, w)` of the images, to `(n, c, h, w)`
-    is_geometric:bool=False # Whether pixels change their place, so that a mask is to be changed like its image
+    "A transform of an image, and the inverse transform of its prediction"
+    name:str        # The name in `views`
+    apply:callable  # uint8 image `(h, w, 3)` to the transformed image, uint8 `(h', w', 3)`
+    invert:callable # Probabilities of transformed images, `(n, c, h', w')`, and `(h, w)`, to `(n, c, h, w)`
+    is_geometric:bool=False # Whether pixels change their place, so that a mask must be transformed like its image
 
+# %% ../../nbs/30_annotation.views.ipynb #39f3c9de
 views = {}
 
 def register_view(
-    name:str,     # As the user types it
-    invert=None,  # Probabilities and `(h, w)` to `(n, c, h, w)`; None where nothing moves
+    name:str,     # The name in `views`; a `ValueError` if it is taken
+    invert=None,  # The inverse, as in `View`; None if pixels keep their place
 ):
-    "Decorator that files a function on uint8 images `(h, w, 3)` as the view `name`"
+    "Decorator that adds a function of uint8 images `(h, w, 3)` to `views`"
     def _add(apply):
-        if name in views and views[name].apply.__qualname__!=apply.__qualname__: raise ValueError(f'The view {name!r} is registered already')
-        views[name] = View(name, apply, invert or (lambda p, size: p), invert is not None)
+        taken = name in views and views[name].apply.__qualname__!=apply.__qualname__
+        if taken: raise ValueError(f'The view {name!r} is registered already')
+        views[name] = View(name, apply, invert or (lambda probs, size: probs), invert is not None)
         return apply
     return _add
 
 # %% ../../nbs/30_annotation.views.ipynb #6f2f3fa9
-@register_view('H Flip', lambda p, size: p.flip(-1))
+@register_view('H Flip', lambda probs, size: probs.flip(-1))
 def h_flip(im):
     "Left and right exchanged"
     return im[:, ::-1]
 
-@register_view('V Flip', lambda p, size: p.flip(-2))
+# %% ../../nbs/30_annotation.views.ipynb #f500dd09
+@register_view('V Flip', lambda probs, size: probs.flip(-2))
 def v_flip(im):
     "Top and bottom exchanged"
     return im[::-1]
 
-@register_view('H+V Flip', lambda p, size: p.flip(-2, -1))
+@register_view('H+V Flip', lambda probs, size: probs.flip(-2, -1))
 def hv_flip(im):
-    "Turned by half a turn"
+    "Rotated by 180°"
     return im[::-1, ::-1]
 
 # %% ../../nbs/30_annotation.views.ipynb #e2e10f74
-@register_view('Rotate 90', lambda p, size: p.rot90(-1, (-2, -1)))
+@register_view('Rotate 90', lambda probs, size: probs.rot90(-1, (-2, -1)))
 def rotate_90(im):
-    "A quarter turn against the clock"
+    "Rotated by 90° counterclockwise"
     return np.rot90(im)
 
-@register_view('Rotate 270', lambda p, size: p.rot90(1, (-2, -1)))
+@register_view('Rotate 270', lambda probs, size: probs.rot90(1, (-2, -1)))
 def rotate_270(im):
-    "A quarter turn with the clock"
+    "Rotated by 90° clockwise"
     return np.rot90(im, -1)
 
-def _resized(p, size): return F.interpolate(p, size, mode='bilinear')
-
 # %% ../../nbs/30_annotation.views.ipynb #ea70a025
-@register_view('Scale 0.75', _resized)
+def _resize(probs, size): return F.interpolate(probs, size, mode='bilinear')
+
+@register_view('Scale 0.75', _resize)
 def scale_075(im):
-    "Seen smaller, at three quarters"
+    "Scaled to 75 % of height and width"
     return cv2.resize(im, None, fx=0.75, fy=0.75, interpolation=cv2.INTER_AREA)
 
-@register_view('Scale 1.25', _resized)
+@register_view('Scale 1.25', _resize)
 def scale_125(im):
-    "Seen larger, at five quarters"
+    "Scaled to 125 % of height and width"
     return cv2.resize(im, None, fx=1.25, fy=1.25)
 
 # %% ../../nbs/30_annotation.views.ipynb #a622344d
 @register_view('Blurring')
 def blurring(im):
-    "Each pixel the mean of 5×5"
+    "Mean of a 5×5 window"
     return cv2.blur(im, (5, 5))
 
 @register_view('Gaussian Blur')
 def gaussian_blur(im):
-    "The same, near pixels weighing more"
+    "Gaussian mean of a 5×5 window"
     return cv2.GaussianBlur(im, (5, 5), 0)
 
+# %% ../../nbs/30_annotation.views.ipynb #2eae2999
 @register_view('Median Blur')
 def median_blur(im):
-    "The median of 5×5: specks go, edges stay"
+    "Median of a 5×5 window"
     return cv2.medianBlur(im, 5)
 
-# %% ../../nbs/30_annotation.views.ipynb #38bcab67
 @register_view('Bilateral Filter')
 def bilateral_filter(im):
-    "Smoothed where brightness is alike"
+    "Mean over near pixels of similar brightness: a window of 9, standard deviations of 50 grey levels and 50 pixels"
     return cv2.bilateralFilter(im, 9, 50, 50)
 
 # %% ../../nbs/30_annotation.views.ipynb #0a4d7db1
 @register_view('Gamma')
 def gamma(im):
-    "Middle tones brighter"
-    return cv2.LUT(im, np.uint8(np.round((np.arange(256)/255)**0.7*255)))
+    "Middle tones brighter: brightness to the power 0.7"
+    levels = np.arange(256)/255
+    return cv2.LUT(im, np.uint8(np.round(levels**0.7*255)))
 
+# %% ../../nbs/30_annotation.views.ipynb #dab2f535
 @register_view('Equalize histogram')
 def equalize_histogram(im):
-    "Brightness spread evenly, colours kept"
+    "Brightness spread evenly, hue kept"
     y,cr,cb = cv2.split(cv2.cvtColor(im, cv2.COLOR_RGB2YCrCb))
-    return cv2.cvtColor(cv2.merge([cv2.equalizeHist(y), cr, cb]), cv2.COLOR_YCrCb2RGB)
+    equalized = cv2.merge([cv2.equalizeHist(y), cr, cb])
+    return cv2.cvtColor(equalized, cv2.COLOR_YCrCb2RGB)
 
 @register_view('2D-Filter')
 def filter_2d(im):
-    "Sharpened"
-    return cv2.filter2D(im, -1, np.float32([[0, -1, 0], [-1, 5, -1], [0, -1, 0]]))
+    "Sharpened by a 3×3 kernel"
+    kernel = np.float32([[0, -1, 0], [-1, 5, -1], [0, -1, 0]])
+    return cv2.filter2D(im, -1, kernel)
 
 # %% ../../nbs/30_annotation.views.ipynb #d34117a2
 def get_views(
-    names, # A list of names from `views`, or one name
+    names, # Names from `views` or `View`s, or a single one
 )->list:   # Of `View`
     "The views called `names`; a `ValueError` for one that is unknown or named twice"
-    names = [names] if isinstance(names, str) else list(names)
-    res = [n if isinstance(n, View) else lookup(n, views, 'view') for n in names]
-    twice = {v.name for v in res if res.count(v)>1}
+    names = [names] if isinstance(names, (str, View)) else list(names)
+    found = [n if isinstance(n, View) else lookup(n, views, 'view') for n in names]
+    twice = {v.name for v in found if found.count(v)>1}
     if twice: raise ValueError(f'views: {", ".join(sorted(twice))} named more than once')
-    return res
+    return found
 
+# %% ../../nbs/30_annotation.views.ipynb #1081730b
 def view_size(
-    view:View,
+    view:View,  # A view
     size:tuple, # `(height, width)` of an image, pixels
-)->tuple:
-    "`(height, width)` of that image in `view`, pixels"
+)->tuple:       # `(height, width)` of that image in `view`, pixels
+    "Size of an image of `size` in `view`"
     return view.apply(np.zeros((*size, 3), np.uint8)).shape[:2]
