@@ -1,22 +1,86 @@
 "Build the website with Quarto, or without it where it is not installed; write README.md from the index notebook."
-import os, re, shutil, sys
+import inspect, os, re, shutil, sys, warnings
 from base64 import b64decode
+from dataclasses import is_dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 from nbdev.config import get_config, nbpath2html
+from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
-from nbdev.processors import FilterDefaults
+from nbdev.processors import FilterDefaults, exec_show_docs
 from nbdev.quarto import nbdev_docs, refresh_quarto_yml
 from nbdev.readme_filter import doc_link
 from nbdev.serve import proc_nbs
+from nbdev.showdoc import BasicMarkdownRenderer
+from fastcore.docments import docments
 from fastcore.nbio import read_nb
+from fastcore.xtras import dict2obj
 
 root = Path(__file__).resolve().parent.parent
 NUMBERED = re.compile(r'((?:\]\(|- |href: )(?:[\w.-]+/)*)\d+[a-zA-Z0-9]*_([\w.-]+\.ipynb)')
 LINK = re.compile(r'(!?)\[((?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*)\]\(([^)\s]+)((?:\s+"[^"]*")?)\)(\{[^}\n]*\})?')
 HEADING = re.compile(r'^#+ +(.+)', re.M)
+QUALIFIED = re.compile(r'\b(?:\w+\.)+(?=[A-Z])|<built-in function (?=callable>)|(?<=callable)>')
 FENCE = re.compile(r'(^```.*?^```[^\n]*\n?)', re.M|re.S)
+
+PACKAGE = 'semisup_seg'
+
+class ApiSection(BasicMarkdownRenderer):
+    "The section of a public object: its signature with the comments of the parameters, its docstring, a link to its source"
+    def __init__(self, sym, name):
+        use_dataclass_comments(sym)
+        super().__init__(sym, name=name)
+        if inspect.isclass(sym) and not is_dataclass(sym): self.dm.dm = constructor_docments(sym)
+
+    def source(self):
+        "The address of the code, down to the line"
+        _,_,file = NbdevLookup()[f'{self.sym.__module__}.{self.nm}']
+        return f'{file}#L{inspect.getsourcelines(inspect.unwrap(self.sym))[1]}'
+
+    def signature(self):
+        "The signature; types are named without their modules"
+        lines = [l.partition(' # ') for l in str(self.dm).splitlines()]
+        return '\n'.join(QUALIFIED.sub('', code) + mark + comment for code,mark,comment in lines)
+
+    def _repr_markdown_(self):
+        link = f'[source]({self.source()}){{target="_blank" style="float:right; font-size:smaller"}}'
+        parts = ['---', link, f'### {self.nm}', f'```python\n{self.signature()}\n```']
+        if self.docs: parts.append(f'*{self.docs.strip()}*')
+        return '\n\n'.join(parts)
+
+def constructor_docments(cls):
+    "The docments of the constructor of `cls`; none if it is inherited from another library, as fastai's callbacks inherit it"
+    own = [f for f in (cls.__init__, cls.__new__) if str(getattr(f, '__module__', '')).startswith(PACKAGE)]
+    params = docments(own[0], full=True) if own else {}
+    return {k: v for k,v in params.items() if k not in ('self', 'cls', 'return')}
+
+def use_dataclass_comments(f):
+    "Where `f` delegates to a dataclass, whose `__init__` has no source, let it delegate to the class itself, which has"
+    to = getattr(f, '__delwrap__', None)
+    if not inspect.isfunction(to) or not to.__qualname__.endswith('.__init__'): return
+    cls = getattr(sys.modules[to.__module__], to.__qualname__.split('.')[0])
+    if is_dataclass(cls): f.__delwrap__ = cls
+
+class ShowDocs(Processor):
+    "Fill the `show_doc` cells from the exported module, so that no cell is run; a warning is an error"
+    def begin(self):
+        names = [c.directives_['default_exp'] for c in self.nb.cells if 'default_exp' in c.get('directives_', ())]
+        self.names = vars(import_module(f'{PACKAGE}.{names[0]}')) if names else {}
+
+    def cell(self, cell):
+        call = re.search(r'^show_doc\(([\w.]+)\)', cell.source, re.M)
+        if cell.cell_type!='code' or not call: return
+        sym = eval(call[1], self.names)
+        private = call[1].split('.')[-1].startswith('_')
+        if private or not getattr(sym, '__module__', '').startswith(PACKAGE):  # such as a function that fastai dispatches
+            del cell['source']
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            text = ApiSection(sym, call[1])._repr_markdown_()
+        cell.outputs = [dict2obj(dict(output_type='display_data', metadata={}, data={'text/markdown': text}))]
 
 class AltTexts(Processor):
     "Name each picture that a cell drew, unless its `fig-alt` does, by the heading that it stands under"
@@ -28,10 +92,15 @@ class AltTexts(Processor):
             name = re.sub(r"""[`*"'\\]""", '', self.heading)
             cell.source = f'#| fig-alt: "{name}: drawn by the code above"\n{cell.source}'
 
+def use_processors():
+    "Let nbdev fill the sections of the API by `ShowDocs`, and name pictures by `AltTexts`"
+    base = FilterDefaults.base_procs
+    FilterDefaults.base_procs = lambda self: [ShowDocs if p is exec_show_docs else p for p in base(self)]
+    FilterDefaults.xtra_procs = lambda self: [AltTexts]
+
 def local_links(text, depth):
-    "Make the links to the published site in `text` relative, for a page `depth` folders down, and its types plain"
-    text = re.sub(re.escape(get_config().doc_url) + r'(?=[\w./-]+\.(?:html|svg|jpg))', '../'*depth, text)
-    return text.replace('__main__.', '')
+    "Make the links to the published site in `text` relative, for a page `depth` folders down"
+    return re.sub(re.escape(get_config().doc_url) + r'(?=[\w./-]+\.(?:html|svg|jpg))', '../'*depth, text)
 
 def unnumber(pages):
     "Name each page of `pages` as its address on the site is named, and the links to it likewise"
@@ -44,7 +113,7 @@ def unnumber(pages):
 
 def site():
     "Build the website into `_docs`"
-    FilterDefaults.xtra_procs = lambda self: [AltTexts]
+    use_processors()
     if shutil.which('quarto'): return nbdev_docs.__wrapped__(n_workers=0)
     if not find_spec('smalldocs'):
         sys.exit('The website needs Quarto (https://quarto.org/docs/get-started/), or Python 3.11 or later, '

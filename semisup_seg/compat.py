@@ -1,4 +1,4 @@
-"""Programs written for the first `semisup-segmentation` go on working: its names, the order of its arguments, its defaults.
+"""Programs written for `semisup-segmentation` 0.0 keep working: the same names, the same order of arguments, the same defaults.
 
 Docs: https://semisup-seg.github.io/semisup_seg/compat.html.md"""
 
@@ -11,63 +11,66 @@ __all__ = ['dataDistillation', 'modelDistillation', 'modelDataDistillation', 'si
 from .distillation.distill import Result, data_distillation, model_data_distillation, model_distillation, simple_training
 
 # %% ../nbs/70_compat.ipynb #1f2cd49c
-def _pairs(models, backbones):
-    "`(architecture, backbone)` of each teacher; a `ValueError` if the lists do not match"
-    if not all(isinstance(o, (list, tuple)) for o in (models, backbones)) or len(models)!=len(backbones):
-        raise ValueError(f'baseModels is {models!r}, baseBackbones is {backbones!r}; expected two lists of equal length')
-    return list(zip(models, backbones))
-
 def dataDistillation(
     baseModel:str,      # Architecture of the teacher
     baseBackbone:str,   # Its backbone; None where it has none
-    targetModel:str,    # Architecture of the target
-    targetBackbone:str, # Its backbone
+    targetModel:str,    # Architecture of the student
+    targetBackbone:str, # Its backbone; None where it has none
     transforms:list,    # Names of `views`
     path:str,           # The data set folder
-    outputPath:str,     # Where the results go
+    outputPath:str,     # Folder for the results
     bs:int=32,          # Images per batch
-    size:tuple=(480, 640), # `(height, width)`, pixels
+    size:tuple=(480, 640), # `(height, width)` of the images in training, pixels
 )->Result:
-    "`data_distillation` under its old name"
+    "Call `data_distillation` with the arguments of version 0.0"
     return data_distillation((baseModel, baseBackbone), (targetModel, targetBackbone), transforms, path, outputPath, bs=bs, size=size)
+
+# %% ../nbs/70_compat.ipynb #a0c3bf85
+def _pairs(models, backbones):
+    "`(architecture, backbone)` of each teacher; a `ValueError` if the lists do not match"
+    lists = isinstance(models, (list, tuple)) and isinstance(backbones, (list, tuple))
+    if not lists or len(models)!=len(backbones):
+        raise ValueError(f'baseModels is {models!r}, baseBackbones is {backbones!r}; expected two lists of equal length')
+    return list(zip(models, backbones))
 
 # %% ../nbs/70_compat.ipynb #feb2eb77
 def modelDistillation(
     baseModels:list,    # Architecture of each teacher
     baseBackbones:list, # Backbone of each; None where it has none
-    targetModel:str,    # Architecture of the target
-    targetBackbone:str, # Its backbone
+    targetModel:str,    # Architecture of the student
+    targetBackbone:str, # Its backbone; None where it has none
     path:str,           # The data set folder
-    outputPath:str,     # Where the results go
+    outputPath:str,     # Folder for the results
     bs:int=32,          # Images per batch
-    size:tuple=(480, 640), # `(height, width)`, pixels
+    size:tuple=(480, 640), # `(height, width)` of the images in training, pixels
 )->Result:
-    "`model_distillation` under its old name"
+    "Call `model_distillation` with the arguments of version 0.0"
     return model_distillation(_pairs(baseModels, baseBackbones), (targetModel, targetBackbone), path, outputPath, bs=bs, size=size)
 
 # %% ../nbs/70_compat.ipynb #60645d22
 def modelDataDistillation(
     baseModels:list,    # Architecture of each teacher
     baseBackbones:list, # Backbone of each; None where it has none
-    targetModel:str,    # Architecture of the target
-    targetBackbone:str, # Its backbone
+    targetModel:str,    # Architecture of the student
+    targetBackbone:str, # Its backbone; None where it has none
     transforms:list,    # Names of `views`
     path:str,           # The data set folder
-    outputPath:str,     # Where the results go
+    outputPath:str,     # Folder for the results
     bs:int=32,          # Images per batch
-    size:tuple=(480, 640), # `(height, width)`, pixels
+    size:tuple=(480, 640), # `(height, width)` of the images in training, pixels
 )->Result:
-    "`model_data_distillation` under its old name"
-    return model_data_distillation(_pairs(baseModels, baseBackbones), (targetModel, targetBackbone), transforms, path, outputPath, bs=bs, size=size)
+    "Call `model_data_distillation` with the arguments of version 0.0"
+    bases = _pairs(baseModels, baseBackbones)
+    return model_data_distillation(bases, (targetModel, targetBackbone), transforms, path, outputPath, bs=bs, size=size)
 
 # %% ../nbs/70_compat.ipynb #447b3a4b
 def simpleTraining(
     baseModel:str,      # Architecture
     baseBackbone:str,   # Its backbone; None where it has none
     path:str,           # The data set folder
-    outputPath:str,     # Where the results go
+    outputPath:str,     # Folder for the results
     bs:int=32,          # Images per batch
-    size:tuple=(480, 640), # `(height, width)`, pixels
+    size:tuple=(480, 640), # `(height, width)` of the images in training, pixels
 )->Result:
-    "`simple_training` under its old name"
+    "Call `simple_training` with the arguments of version 0.0"
     return simple_training((baseModel, baseBackbone), path, outputPath, bs=bs, size=size)

@@ -1,4 +1,4 @@
-"The website as a reader meets it: built, opened in a browser, followed from page to page."
+"The website as a reader meets it: built, opened in a browser, followed from page to page"
 import re, subprocess, sys
 from functools import partial
 from html.parser import HTMLParser
@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from test_sync import MACHINE_PATH
 
 root = Path(__file__).resolve().parent.parent
 DOCS_URL = 'https://semisup-seg.github.io/semisup_seg/'
@@ -45,14 +46,13 @@ def page(browser, url):
     yield page
     page.close()
 
-@pytest.fixture(scope='module', params=[(n, w) for n in MAIN for w in WIDTHS], ids=lambda p: f'{p[0]}-{p[1]}')
+@pytest.fixture(scope='module', params=MAIN)
 def shown(request, browser, url):
-    "A main page at one of the widths, and the errors that it met when it was opened"
-    name, width = request.param
-    page, errors = new_page(browser, url, width), []
+    "A main page, and the errors that its console reported while it was opened"
+    page,errors = new_page(browser, url, WIDTHS[0]), []
     page.on('console', lambda m: errors.append(m.text) if m.type=='error' else None)
     page.on('pageerror', lambda e: errors.append(str(e)))
-    visit(page, name)
+    visit(page, request.param)
     yield page, errors
     page.close()
 
@@ -78,10 +78,10 @@ def test_index(page):
     assert page.locator('#quarto-sidebar').get_by_text('Quickstart').count()
 
 def test_api_page(page):
-    main = visit(page, 'data.folder')
-    assert main.locator('#check_dataset').count()
-    signature = main.locator('pre', has_text='def check_dataset').first.inner_text()
-    assert 'path' in signature and '# The data set folder' in signature
+    main = visit(page, 'annotation.views')
+    assert main.locator('#view_size').count()
+    signature = main.locator('pre', has_text='def view_size').first.inner_text()
+    assert 'size' in signature and '# `(height, width)`' in signature
     check_images(main)
     assert page.locator('.nav-page-next a').count()
 
@@ -124,19 +124,20 @@ CUT_OFF = """() => {
 }"""
 FONT_SIZES = 'es => es.map(e => parseFloat(getComputedStyle(e).fontSize))'
 
-def test_page_fits_the_window(shown):
-    page, _ = shown
+@pytest.mark.parametrize('width', WIDTHS)
+def test_page_fits_the_window(shown, width):
+    page,_ = shown
+    page.set_viewport_size(dict(width=width, height=900))
     assert page.evaluate('document.documentElement.scrollWidth <= innerWidth')
     assert not page.evaluate(CUT_OFF)
     for what,least in dict(p=15, td=13, pre=13).items():
         sizes = page.locator(f'main {what}').evaluate_all(FONT_SIZES)
         assert min(sizes, default=least) >= least, f'{what}: {min(sizes)} px'
 
-def test_console_is_silent(shown):
-    _, errors = shown
+def test_page_is_accessible_and_its_console_silent(shown):
+    page,errors = shown
+    check_access(page)
     assert not errors
-
-def test_page_is_accessible(shown): check_access(shown[0])
 
 class Links(HTMLParser):
     "The `links` that a page makes and the `anchors` that it offers"
@@ -169,3 +170,37 @@ def test_no_broken_links(site):
             ok = to.exists() and (not anchor or to not in pages or anchor in pages[to].anchors)
             if not ok: broken.append(f'{path.relative_to(site)}: {link}')
     assert not broken, '\n'.join(broken)
+
+# --- the reference
+
+class Text(HTMLParser):
+    "The text of the element `main`"
+    def __init__(self, path):
+        super().__init__()
+        self.inside, self.parts = False, []
+        self.feed(path.read_text(encoding='utf-8'))
+
+    def handle_starttag(self, tag, attrs): self.inside |= tag=='main'
+    def handle_endtag(self, tag): self.inside &= tag!='main'
+    def handle_data(self, data):
+        if self.inside: self.parts.append(data)
+
+@pytest.fixture(scope='module')
+def texts(site): return {p.name: ''.join(Text(p).parts) for p in site.rglob('*.html') if 'site_libs' not in p.parts}
+
+def test_no_page_shows_a_warning_or_a_machine_path(texts):
+    for name,text in texts.items():
+        shown = re.findall(r'\w+Warning: .*|site-packages.*', text) + MACHINE_PATH.findall(text)
+        assert not shown, f'{name}: {shown}'
+
+def test_callbacks_show_their_own_arguments_only(texts):
+    assert 'def EpochLogger():' in texts['training.learner.html']
+    inherited = {n for n,text in texts.items() if re.search(r'\bafter_cancel_fit\b.*=None', text)}
+    assert not inherited, f'pages that list the events of fastai: {inherited}'
+
+def test_fields_of_a_dataclass_are_explained(texts):
+    for name in ('app.job.html', 'app.form.html'): assert "teachers:tuple=('U-Net',), # " in texts[name]
+
+def test_private_parts_are_no_sections(site):
+    private = [f'{p.name}: {a}' for p in site.rglob('*.html') for a in Links(p).anchors if re.search(r'(^|\.)_', a)]
+    assert not private

@@ -1,4 +1,4 @@
-"What is committed follows from the notebooks: modules, clean outputs, README.md, the sidebar."
+"What is committed follows from the notebooks: modules, clean outputs, README.md, the sidebar"
 import ast, json, re, shutil, subprocess, sys
 from pathlib import Path
 
@@ -51,20 +51,26 @@ def displays(src):
     called = isinstance(last.value, ast.Call) and getattr(last.value.func, 'id', '')=='print'
     return called or isinstance(last.value, (ast.Name, ast.Attribute, ast.Subscript))
 
-@pytest.mark.parametrize('path', notebooks, ids=names)
-def test_outputs_are_saved(path):
-    cells = code_cells(path)
-    bare = [''.join(c['source']) for c in cells if displays(''.join(c['source'])) and not c['outputs']]
-    assert not bare, 'no saved output (make outputs):\n' + '\n\n'.join(bare)
-    errors = [o['ename'] for c in cells for o in c['outputs'] if o['output_type']=='error']
+def test_outputs_are_saved():
+    bare,errors = [], []
+    for name,path in zip(names, notebooks):
+        cells = code_cells(path)
+        bare += [f'{name}:\n{"".join(c["source"])}' for c in cells if displays(''.join(c['source'])) and not c['outputs']]
+        errors += [f'{name}: {o["ename"]}' for c in cells for o in c['outputs'] if o['output_type']=='error']
+    assert not bare, 'no saved output (make outputs):\n\n' + '\n\n'.join(bare)
     assert not errors, f'saved outputs hold errors: {errors}'
 
-@pytest.mark.parametrize('path', notebooks, ids=names)
-def test_outputs_name_no_machine_path(path):
-    texts = [v for c in code_cells(path) for o in c['outputs']
-        for k,v in dict(o.get('data', {}), text=o.get('text', '')).items() if not k.startswith('image/')]
-    found = {p for t in texts for p in MACHINE_PATH.findall(t if isinstance(t, str) else ''.join(t))}
-    assert not found, f'paths of one machine in the saved outputs: {sorted(found)}'
+def texts(output):
+    "The texts of a saved output, pictures left out"
+    data = dict(output.get('data', {}), text=output.get('text', ''))
+    return [v if isinstance(v, str) else ''.join(v) for k,v in data.items() if not k.startswith('image/')]
+
+def test_outputs_name_no_machine_path():
+    found = []
+    for name,path in zip(names, notebooks):
+        outputs = [t for c in code_cells(path) for o in c['outputs'] for t in texts(o)]
+        found += [f'{name}: {p}' for t in outputs for p in MACHINE_PATH.findall(t)]
+    assert not found, f'paths of one machine in the saved outputs: {sorted(set(found))}'
 
 def test_readme_follows_index(monkeypatch):
     monkeypatch.chdir(root)
