@@ -15,7 +15,7 @@ from pathlib import Path
 from ..display import img_tag, class_swatch, overlay
 from ..data.images import load_image, load_mask
 from ..data.folder import split_files
-from ..annotation.records import Annotations, _read, reliability
+from ..annotation.records import Annotations, read_or_reason, reliability
 from ..annotation.review import Review
 from ..annotation.suggest import suggest
 
@@ -122,11 +122,11 @@ def figures(
 )->str:            # HTML
     "Image, mask and confidence of an annotation side by side"
     r = review.rows[i]
-    im,m = _read(load_image, r['image']), _read(partial(load_mask, codes=review.codes), review.ann.out/r['mask'])
+    im,m = read_or_reason(load_image, r['image']), read_or_reason(partial(load_mask, codes=review.codes), review.ann.out/r['mask'])
     over = next((o for o in (im, m) if isinstance(o, str)), None)
     if over is None: over = overlay(im, m, alpha) if im.shape[:2]==m.shape else 'image and mask differ in size'
     conf = review.ann.out/'confidence'/Path(r['mask']).name
-    heat = _read(_heat, conf) if conf.is_file() else 'This run has kept no map; annotate(…, confidence=True) does.'
+    heat = read_or_reason(_heat, conf) if conf.is_file() else 'This run has kept no map; annotate(…, confidence=True) does.'
     parts = [(im, f'The image {_name(r)}', 'image'), (over, f'The mask of {_name(r)} over it', 'mask'), (heat, 'The confidence of each pixel', 'confidence: bright is sure')]
     legend = ' '.join(class_swatch(k, n).html for k,n in enumerate(review.codes.names))
     return f'<div style="display:flex;flex-wrap:wrap;gap:.6rem">{"".join(_figure(*p) for p in parts)}</div><div>{legend}</div>'
@@ -135,7 +135,7 @@ def figures(
 @lru_cache(256)
 def _thumb(image, mask, codes, stamp):
     "A small picture of the mask over its image; kept until the mask's `stamp` changes"
-    im,m = _read(load_image, image), _read(partial(load_mask, codes=codes), mask)
+    im,m = read_or_reason(load_image, image), read_or_reason(partial(load_mask, codes=codes), mask)
     ok = not isinstance(im, str) and not isinstance(m, str) and im.shape[:2]==m.shape
     return img_tag(overlay(im, m), f'Mask of {Path(image).name}', 112) if ok else '<p>no picture</p>'
 
