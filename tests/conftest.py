@@ -99,3 +99,23 @@ def tiny(): return make_model()
 
 @pytest.fixture(scope='session')
 def trained_discs(tmp_path_factory): return make_discs(tmp_path_factory.mktemp('data')/'discs')
+
+# --- distillation
+
+OPTIONS = dict(size=SIZE, bs=4, epochs=2, freeze_epochs=0, lr=1e-3, pretrained=False)
+
+def weights(out, name='target_U-Net_test_resnet'):
+    "The weights that the run in `out` saved under `name`"
+    return torch.load(out/f'{name}.pth', weights_only=True)
+
+def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+def make_experiment(path, out, bases=(), target=NET, views=(), trainings=1, **schedule):
+    "The `Experiment` of a run in `out`, new or resumed"
+    from semisup_seg.data.loaders import ImageCache
+    from semisup_seg.distillation.experiment import Experiment, check_run
+    from semisup_seg.distillation.run import EventLog, fingerprint, open_run
+    bases,target,views,size,summary = check_run(bases, target, views, path, out, SIZE, False)
+    run = open_run(out, {}, fingerprint(path), True)
+    schedule = dict(epochs=2, freeze_epochs=0, lr=1e-3, **schedule)
+    return Experiment(path, out, bases, target, views, size, 4, schedule, 0, False, summary, run, EventLog(out, trainings), ImageCache(size))
