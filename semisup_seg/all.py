@@ -7,7 +7,7 @@ from semisup_seg.data.loaders import Augment, ClassMask, resize_image, seg_dls, 
 from semisup_seg.data.sources import SOURCES, brain_slices, busi, covid_ct, kvasir_seg
 from semisup_seg.models.core import SegNet, build_model, networks, register
 from semisup_seg.models.cost import cost, more_networks, n_params, network_table, speeds, stages
-from semisup_seg.training.losses import CEDiceLoss
+from semisup_seg.training.losses import CEDiceLoss, MaskedLoss
 from semisup_seg.training.learner import KeepBest, find_lr, fit, seg_learner
 from semisup_seg.training.metrics import SegMetric, dice, foreground_mean, jaccard, confusion_counts, metrics, overlap_metrics, register_metric, score_mask
 from semisup_seg.training.inference import Predictor, load_model, predict, save_model
