@@ -17,10 +17,17 @@ os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # albumentations asks th
 
 with warnings.catch_warnings():
     warnings.simplefilter('ignore', FutureWarning)  # torch's own notice about a decorator in fastai
-    from fastai.vision.all import *
+    from fastai.data.block import DataBlock, TransformBlock
+    from fastai.data.core import DataLoaders, ItemTransform, Transform
+    from fastai.data.transforms import IntToFloatTensor
+    from fastai.imports import dispatch
+    from fastai.torch_core import TensorImage, TensorMask, show_image
+    from fastai.vision.core import AddMaskCodes, PILImage, PILMask
+    from fastai.vision.data import get_grid
 
 import albumentations as A, numpy as np, torch
 from PIL import Image
+from fastcore.basics import patch
 
 from ..core import IGNORE, DatasetError, check_numbers
 from ..display import cmap, palette_index
