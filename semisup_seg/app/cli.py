@@ -21,6 +21,7 @@ def arg(
     "Describe an argument of a command"
     return names, kw
 
+# %% ../../nbs/63_app.cli.ipynb #e9bae6d3
 def command(
     *args, # Arguments, each from `arg`
 ):
@@ -46,6 +47,7 @@ def parser()->argparse.ArgumentParser:
         s.set_defaults(func=f)
     return p
 
+# %% ../../nbs/63_app.cli.ipynb #9f9dbe24
 def main(
     argv:list=None, # Arguments; those of the process if None
 )->int:             # Exit status: 0, 2 after a user's mistake, 130 when interrupted
@@ -68,6 +70,7 @@ def _print_result(res):
     "Print the report of a run and where its page is"
     print(f'\n{res.report}\n\nThe whole report, with pictures: {res.out/"report.html"}')
 
+# %% ../../nbs/63_app.cli.ipynb #647180c3
 @command(arg('--out', default='demo', help='folder for the data and the results (demo)'))
 def _demo(o):
     "distil a better model from the embedded brain sample"
@@ -80,7 +83,7 @@ def _demo(o):
     schedule = dict(size=(128, 128), epochs=9, freeze_epochs=1, lr=3e-3)
     _print_result(data_distillation(net, net, ['H Flip', 'Gamma'], path, out/'results', **schedule))
 
-# %% ../../nbs/63_app.cli.ipynb #5934454a
+# %% ../../nbs/63_app.cli.ipynb #e3905383
 @command(DATA)
 def _check(o):
     "look through a data set folder and name every fault"
@@ -100,6 +103,7 @@ TRAINING = (  # chkstyle: ignore-node
     arg('--scratch', action='store_true', help='start from random weights'),
     arg('--fresh', action='store_true', help='start afresh where OUT holds an earlier run'))
 
+# %% ../../nbs/63_app.cli.ipynb #cf46ac72
 def _options(o):
     "The keywords of a routine from the arguments in `TRAINING`"
     schedule = {k: getattr(o, k) for k in ('bs', 'epochs', 'freeze_epochs', 'lr', 'seed')}
@@ -115,6 +119,7 @@ def _pair(words):
     return words[0], words[1] if len(words)==2 else None
 
 def _views(o):
+    "Names of views from words"
     names = ','.join(o.views).split(',')
     return [name.strip() for name in names if name.strip()]
 
@@ -126,6 +131,7 @@ def _train(o):
     from semisup_seg.distillation.distill import simple_training
     _print_result(simple_training(_pair(o.network), o.data, o.out, _views(o), **_options(o)))
 
+# %% ../../nbs/63_app.cli.ipynb #f50d3315
 @command(DATA, OUT,
     arg('--base', action='append', **dict(NETWORK, default=None),
         help='a teacher; repeat it for several (U-Net tf_efficientnet_lite0)'),
@@ -142,7 +148,7 @@ def _distill(o):
     else: res = distill(bases, *where, **options)
     _print_result(res)
 
-# %% ../../nbs/63_app.cli.ipynb #93081b9c
+# %% ../../nbs/63_app.cli.ipynb #af02acf7
 @command(DATA, OUT, arg('--method', default='Mean Teacher', help='name of a registered method (Mean Teacher)'),
     arg('--network', **NETWORK), *TRAINING)
 def _online(o):
@@ -156,6 +162,7 @@ BS = arg('--bs', type=int, default=8, help='images per batch (8)')
 
 def _one_or_many(images): return images[0] if len(images)==1 else images
 
+# %% ../../nbs/63_app.cli.ipynb #c8aa0e7e
 @command(arg('model', help='a .pth file of a run, its .json beside it'),
     arg('images', nargs='+', help='image files, or one folder'),
     arg('--out', required=True, help='folder for the masks'), BS, WINDOW)
@@ -175,6 +182,7 @@ VOTING = (  # chkstyle: ignore-node
     arg('--confidence', action='store_true', help='also write maps of the confidence, 8-bit PNG'),
     arg('--soft', action='store_true', help='also write the probabilities, uint8 arrays'))
 
+# %% ../../nbs/63_app.cli.ipynb #bb0677f2
 def _validation_pairs(o):
     "Image and label of each validation image that `annotate` was given"
     from semisup_seg.data.folder import split_files
@@ -183,7 +191,7 @@ def _validation_pairs(o):
     if o.weigh and not pairs: raise ValueError('--weigh needs --valid, a data set whose validation images give the weights')
     return pairs
 
-# %% ../../nbs/63_app.cli.ipynb #f721966e
+# %% ../../nbs/63_app.cli.ipynb #6a3740fa
 @command(arg('models', nargs='+', help='.pth files of runs: the teachers'),
     arg('--images', nargs='+', required=True, help='image files, or one folder'),
     arg('--out', required=True, help='folder for annotations/ and annotations.csv'),
@@ -204,6 +212,7 @@ def _compare(o):
     from semisup_seg.evaluation.compare import compare_runs
     print(compare_runs(*o.outs))
 
+# %% ../../nbs/63_app.cli.ipynb #25cc4ea1
 @command()
 def _networks(o):
     "list the networks: idea, encoder, cost, speed"
