@@ -71,6 +71,7 @@ class ImageCache:
             self._kept[key] = value
         return value
 
+# %% ../../nbs/04_data.loaders.ipynb #a0400014
 def _file_state(file):
     "Path, time of the last change and bytes of `file`"
     try: s = os.stat(file)
@@ -105,7 +106,10 @@ def mask(self:ImageCache,
 # %% ../../nbs/04_data.loaders.ipynb #932341d1
 class ClassMask(TensorMask):
     "Class indices `(h, w)`, drawn in the palette of this project"
-    def show(self, ctx=None, **kwargs):
+    def show(self,
+        ctx=None, # Axes to draw on; None: new ones
+        **kwargs, # For `show_image` of fastai
+    ):            # The axes
         "Draw the mask, with the background and ignored pixels left clear"
         mask = self.cpu().numpy()
         colours = np.ma.masked_where((mask==0)|(mask==IGNORE), palette_index(mask))
@@ -124,7 +128,8 @@ class ReadResized(Transform):
         codes:Codes=None,      # The classes of label files; None to read images
         cache:ImageCache=None, # Reads the files; None: a new one
     ):
-        self.cache = ImageCache(size) if cache is None else cache
+        if cache is None: cache = ImageCache(size)
+        self.cache = cache
         self.codes = codes
         if self.cache.size!=check_size(size): raise ValueError(f'cache is of size {self.cache.size}; expected {size}')
 
@@ -231,7 +236,7 @@ def seg_dls(
     pairs = sum(splits, [])
     labels = dict(pairs)
     ends = np.cumsum([0, *map(len, splits)])
-    cache = ImageCache(size) if cache is None else cache
+    if cache is None: cache = ImageCache(size)
     image = TransformBlock(ReadResized(size, cache=cache), batch_tfms=IntToFloatTensor)
     mask = TransformBlock([ReadResized(size, codes, cache), AddMaskCodes(codes.names)], batch_tfms=IntToFloatTensor)
     block = DataBlock((image, mask), get_items=lambda _: [i for i,_ in pairs], get_y=lambda o: labels[o],
