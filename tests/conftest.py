@@ -172,3 +172,10 @@ def server(tmp_path):
     s.hanging.set()
     s.shutdown()
     s.server_close()
+
+# --- training
+
+SMALL_NET = 'Linknet', 'test_resnet'  # a fifth of the weights of `NET`, and half its time for a step
+
+def state(model): return {k: v.clone() for k,v in model.state_dict().items()}
+def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)

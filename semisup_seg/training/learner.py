@@ -127,14 +127,15 @@ def _train_stage(learn, stage, epochs, lr, cbs, seed, file, key, state):
     with resume_loop(learn, done): learn.fit_one_cycle(epochs, lr, cbs=cbs)
     learn.history += _history(learn, stage)
 
-# %% ../../nbs/23_training.learner.ipynb #0b51c92a
+# %% ../../nbs/23_training.learner.ipynb #fec0b105
 def _check_schedule(epochs, freeze_epochs, lr, frozen_lr, find_steps, patience, seed):
     "Refuse what is no schedule, before anything is trained"
-    check_numbers(epochs=(epochs, 1), freeze_epochs=(freeze_epochs, 0), find_steps=(find_steps, 1 if lr else MIN_STEPS))
+    check_numbers(epochs=(epochs, 1), freeze_epochs=(freeze_epochs, 0))
+    check_positive(frozen_lr=frozen_lr)
+    if lr is None: check_numbers(find_steps=(find_steps, MIN_STEPS))
+    else: check_positive(lr=lr)
     if patience is not None: check_numbers(patience=(patience, 0))
     if seed is not None: check_numbers(seed=(seed, 0))
-    if lr is not None: check_positive(lr=lr)
-    check_positive(frozen_lr=frozen_lr)
 
 # %% ../../nbs/23_training.learner.ipynb #f792bfa4
 def fit(

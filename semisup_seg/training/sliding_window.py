@@ -1,4 +1,4 @@
-"""A slide too large for one look is cut, looked at piece by piece, and joined without a seam.
+"""Cut a large image into overlapping windows, predict each, and merge the predictions without a seam.
 
 Docs: https://semisup-seg.github.io/semisup_seg/training.sliding_window.html.md"""
 
@@ -14,19 +14,22 @@ import cv2, numpy as np
 def window_starts(
     length:int, # Of the image's side, pixels
     window:int, # Of the window's side, pixels
-)->list:
-    "Where windows start, so that they cover `length` and overlap by a quarter at least"
-    n = 1 + int(np.ceil(max(0, length-window)/(window*3/4)))
-    return [int(o) for o in np.linspace(0, max(0, length-window), n).round()]
+)->list:        # First pixel of each window
+    "Place windows that cover `length` and overlap by a quarter at least"
+    last = max(0, length-window)
+    n = 1 + int(np.ceil(last/(window*3/4)))
+    return [int(o) for o in np.linspace(0, last, n).round()]
 
 def cut_windows(
     image:np.ndarray, # uint8 `(h, w, 3)`
     window:int,       # Side, pixels
-)->list:              # `((top, left), uint8 (window, window, 3))`
-    "The windows that cover `image`"
+)->list:              # `((top, left), uint8 (window, window, 3))` each
+    "Cut windows that cover `image`"
     h,w = image.shape[:2]
-    image = np.pad(image, ((0, max(0, window-h)), (0, max(0, window-w)), (0, 0)), 'symmetric')
-    return [((y, x), image[y:y+window, x:x+window]) for y in window_starts(h, window) for x in window_starts(w, window)]
+    below,right = max(0, window-h),max(0, window-w)
+    image = np.pad(image, ((0, below), (0, right), (0, 0)), 'symmetric')
+    corners = [(y, x) for y in window_starts(h, window) for x in window_starts(w, window)]
+    return [((y, x), image[y:y+window, x:x+window]) for y,x in corners]
 
 # %% ../../nbs/24_training.sliding_window.ipynb #809e556d
 def merge_windows(
@@ -35,12 +38,14 @@ def merge_windows(
     window:int,       # Side of the windows in the image, pixels
     size:tuple,       # `(height, width)` of the image
 ):
-    "Yield the probabilities of one class after the other, `(height, width)` each"
-    ramp = np.float32(np.minimum(np.arange(window), np.arange(window)[::-1])+1)
-    hat,ends = ramp[:, None]*ramp, np.max(corners, 0)+window
-    def _sum(pictures):
-        total = np.zeros(ends, np.float32)
-        for p,(y,x) in zip(pictures, corners): total[y:y+window, x:x+window] += hat*p
+    "Yield the merged probabilities of one class after the other, float32 `(height, width)` each"
+    to_border = np.minimum(np.arange(window), np.arange(window)[::-1])
+    ramp = np.float32(to_border+1)
+    hat = ramp[:, None]*ramp
+    padded = np.max(corners, 0)+window
+    def _sum(maps):
+        total = np.zeros(padded, np.float32)
+        for p,(y,x) in zip(maps, corners): total[y:y+window, x:x+window] += hat*p
         return total[:size[0], :size[1]]
     weight = _sum([1]*len(corners))
     for c in range(probs.shape[1]): yield _sum(cv2.resize(p[c], (window, window)) for p in probs)/weight
