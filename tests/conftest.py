@@ -1,5 +1,6 @@
 "Fixtures and small helpers that all tests share"
 import hashlib, os, re, shutil, stat, subprocess, sys, threading, zipfile
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -179,3 +180,52 @@ SMALL_NET = 'Linknet', 'test_resnet'  # a fifth of the weights of `NET`, and hal
 
 def state(model): return {k: v.clone() for k,v in model.state_dict().items()}
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+# --- annotation: teachers whose masks anyone can check
+
+class Bright(torch.nn.Module):
+    "A network that is sure of the second class where the image is brighter than half; `seen` holds the size of each batch"
+    config,size,min_size = dict(name='Bright'), (48, 64), 16
+    def __init__(self, w=60.):
+        from semisup_seg.data.images import parse_codes
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(w))
+        self.codes = parse_codes('rest,7\ndisc,200')
+        self.seen = []
+    def forward(self, x):
+        self.seen.append(len(x))
+        return torch.cat([0*x[:, :1], (x[:, :1]-0.5)*self.w], 1)
+
+class Greedy(Bright):
+    "A `Bright` network for which memory runs out with more than `most` images"
+    def __init__(self, most, error):
+        super().__init__()
+        self.most,self.error = most, error
+    def forward(self, x):
+        if len(x)>self.most: raise self.error
+        return super().forward(x)
+
+def counted(m): return sum(m.seen)
+
+def pictures(folder, n=5):
+    "`n` images of different sizes with a bright disc at different places, and where it is"
+    rng,res = np.random.default_rng(1), {}
+    for i in range(n):
+        d = disc(50+20*i, 90-9*(i%6), rng)
+        res[save(folder/f'p{i}.png', np.uint8(d*200+20))] = d
+    return res
+
+def is_disc(mask, where):
+    "Whether the mask file of a `Bright` network shows a disc `where` it is"
+    a = np.array(Image.open(mask))
+    return a.shape==where.shape and set(np.unique(a))<={7, 200} and ((a==200)==where).mean()>0.96
+
+@pytest.fixture
+def decoded(registry):
+    "How often each PNG file is decoded during a test, `{path: times}`"
+    times = Counter()
+    def read(path):
+        times[path] += 1
+        with Image.open(path) as im: return im.copy()
+    registry['.png'] = read
+    return times

@@ -6,7 +6,7 @@ Docs: https://semisup-seg.github.io/semisup_seg/training.inference.html.md"""
 
 # %% auto #0
 __all__ = ['save_model', 'unwrap_model', 'load_model', 'argmax_by_class', 'probs_to_mask', 'NetworkInput', 'Predictor',
-           'is_out_of_memory', 'forward_probs', 'prefetch', 'predict', 'predict_masks']
+           'is_out_of_memory', 'network_device', 'forward_probs', 'prefetch', 'predict', 'predict_masks']
 
 # %% ../../nbs/25_training.inference.ipynb #0490ca26
 import json
@@ -115,18 +115,21 @@ class Predictor:
         size:tuple,      # `(height, width)` at which networks see an image, pixels
         bs:int=8,        # Images per batch; halved whenever memory runs out
         window:int=None, # Cut images with a longer side into windows of this side, pixels; None: never
-        cache=None,      # An `ImageCache` of the same size, through which files are read
+        cache=None,      # An `ImageCache` of the same size, through which files are read where there are no windows
     ):
+        check_numbers(bs=(bs, 1), window=(32 if window is None else window, 32))
         self.size = check_size(size)
         self.bs = bs
         self.window = window
         self.cache = cache
+        if cache and cache.size!=self.size: raise ValueError(f'cache is of size {cache.size}; expected {self.size}')
 
     def load(self,
         image, # A file, or whatever else `load_image` takes
     )->NetworkInput:
         "Read `image` and bring it, or its windows, to the size of the networks"
-        if self.cache and not self.window:
+        is_file = isinstance(image, (str, Path))
+        if self.cache and is_file and not self.window:
             array,size = self.cache.image(image)
             return NetworkInput(size, [array])
         whole = load_image(image)
@@ -140,14 +143,20 @@ def is_out_of_memory(e:Exception)->bool:
     "Whether `e` means that memory ran out; PyTorch on a CPU has no class of its own for it"
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
 
+def network_device(
+    network,      # As in `forward_probs`
+)->torch.device:  # The CPU for a function
+    "The device that holds the weights of `network`"
+    weights = network.parameters() if isinstance(network, nn.Module) else ()
+    return next((p.device for p in weights), torch.device('cpu'))
+
 @torch.inference_mode()
 def forward_probs(
     network,       # A `SegNet`, or any function from images in 0–1 to logits
     images:Tensor, # uint8 `(n, h, w, 3)`
 )->Tensor:         # `(n, c, h, w)`, on the device of the network
     "Class probabilities for `images` by one forward pass"
-    weights = network.parameters() if isinstance(network, nn.Module) else ()
-    device = next((p.device for p in weights), torch.device('cpu'))
+    device = network_device(network)
     x = images.to(device).movedim(-1, 1).float()/255
     with torch.autocast(device.type, enabled=device.type=='cuda'): logits = network(x)
     return logits.float().softmax(1)
@@ -234,7 +243,6 @@ def predict(
     window:int=None, # Cut images with a longer side into windows of this side, pixels; None: never
 )->list:             # Class indices, uint8 `(h, w)`, at each image's own size; a single one for a single image
     "The masks that `model` predicts for `images`; `model.codes.decode` turns them into pixel values"
-    check_numbers(bs=(bs, 1), window=(32 if window is None else window, 32))
     several = _as_list(images)
     model = unwrap_model(model).eval()
     predictor = Predictor(size or model.size, bs, window)
