@@ -34,7 +34,7 @@ def _menu(kind, label, value, about, **kw):
     options = [(f'{name}: {text}', name) for name,text in about.items()]
     return _field(kind, label, value, options=options, **kw)
 
-# %% ../../nbs/62_app.form.ipynb #fb623bc4
+# %% ../../nbs/62_app.form.ipynb #fb8e9a39
 NUMBERS = dict(  # chkstyle: ignore-node
     each=('Teachers per network', 1, 5), size=('Side, pixels', 32, 2048), bs=('Images per batch', 2, 512),
     epochs=('Epochs', 1, 1000), freeze_epochs=('Epochs before, frozen', 0, 100), seed=('Seed', 0, 2**31-1))
@@ -65,15 +65,19 @@ def menu_fields(
     teachers = [_choose(t, ideas, 'network') for t in plan.teachers]
     active = [v.name for v in get_views(plan.views)]
     changes = {name: view.apply.__doc__ for name,view in views.items()}
-    fields = dict(routine=_menu(Dropdown, 'Routine', _choose(plan.routine, ROUTINES, 'routine'), ROUTINES))
+    target = _choose(plan.target, ideas, 'network')
+    routine = _choose(plan.routine, ROUTINES, 'routine')
+    recipe = _choose(plan.recipe, RECIPES, 'recipe')
+    fields = {}
+    fields['routine'] = _menu(Dropdown, 'Routine', routine, ROUTINES)
     fields['teachers'] = _menu(SelectMultiple, 'Teachers', teachers, ideas, rows=10)
-    fields['target'] = _menu(Dropdown, 'Student', _choose(plan.target, ideas, 'network'), ideas)
+    fields['target'] = _menu(Dropdown, 'Student', target, ideas)
     fields['encoder'] = _field(Combobox, 'Encoder', plan.encoder, options=ENCODERS)
     fields['views'] = _menu(SelectMultiple, 'Views', active, changes, rows=8)
-    fields['recipe'] = _menu(Dropdown, 'Recipe', _choose(plan.recipe, RECIPES, 'recipe'), RECIPES)
+    fields['recipe'] = _menu(Dropdown, 'Recipe', recipe, RECIPES)
     return fields
 
-# %% ../../nbs/62_app.form.ipynb #4e5a6414
+# %% ../../nbs/62_app.form.ipynb #a9210b1e
 def plan_fields(
     plan:Plan, # What the fields hold at first
 )->dict:       # `{name of a field of the plan: widget}`, in the order of the form
@@ -106,7 +110,7 @@ class RunForm(VBox):
         for w in self.fields.values(): w.observe(lambda _: self.update(), 'value')
         self.update()
 
-# %% ../../nbs/62_app.form.ipynb #fbd96824
+# %% ../../nbs/62_app.form.ipynb #20e8a763
 @patch(as_prop=True)
 def plan(self:RunForm)->Plan:
     "What the fields hold"
@@ -122,7 +126,7 @@ def update(self:RunForm):
     try: self.command.value = self.plan._repr_html_()
     except ValueError as e: self.command.value = html.escape(str(e))
 
-# %% ../../nbs/62_app.form.ipynb #b0567253
+# %% ../../nbs/62_app.form.ipynb #d5cdca47
 @patch
 def _try(self:RunForm, f):
     "Call `f`; show a user's mistake as an answer"
@@ -150,7 +154,7 @@ def _start(self:RunForm):
     self.thread = threading.Thread(target=self._follow, args=[job], daemon=True)
     self.thread.start()
 
-# %% ../../nbs/62_app.form.ipynb #0d7a1882
+# %% ../../nbs/62_app.form.ipynb #78672a52
 @patch
 def _follow(self:RunForm, job):
     "Show how far `job` has come until it ends, then its report or why there is none"
