@@ -22,7 +22,7 @@ from .widgets import GREEN, alert, button, row, status
 
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from ipywidgets import HTML, BoundedIntText, Checkbox, Combobox, Dropdown, SelectMultiple, Text, VBox
+from ipywidgets import HTML, BoundedFloatText, BoundedIntText, Checkbox, Combobox, Dropdown, SelectMultiple, Text, VBox
 
 # %% ../../nbs/62_app.form.ipynb #a8552cf3
 _WIDE = dict(style=dict(description_width='10rem'), layout=dict(width='min(44rem, 98%)'))
@@ -34,7 +34,7 @@ def _menu(kind, label, value, about, **kw):
     options = [(f'{name}: {text}', name) for name,text in about.items()]
     return _field(kind, label, value, options=options, **kw)
 
-# %% ../../nbs/62_app.form.ipynb #fb8e9a39
+# %% ../../nbs/62_app.form.ipynb #3d8ba150
 NUMBERS = dict(  # chkstyle: ignore-node
     each=('Teachers per network', 1, 5), size=('Side, pixels', 32, 2048), bs=('Images per batch', 2, 512),
     epochs=('Epochs', 1, 1000), freeze_epochs=('Epochs before, frozen', 0, 100), seed=('Seed', 0, 2**31-1))
@@ -77,16 +77,17 @@ def menu_fields(
     fields['recipe'] = _menu(Dropdown, 'Recipe', recipe, RECIPES)
     return fields
 
-# %% ../../nbs/62_app.form.ipynb #a9210b1e
+# %% ../../nbs/62_app.form.ipynb #56248b97
 def plan_fields(
     plan:Plan, # What the fields hold at first
 )->dict:       # `{name of a field of the plan: widget}`, in the order of the form
     "Make a widget for each field of a plan"
     data = _field(Text, 'Data set folder', plan.data)
     out = _field(Text, 'Results folder', plan.out)
+    lr = _field(BoundedFloatText, 'Learning rate (0: try out)', plan.lr, min=0, max=1)
     scratch = _field(Checkbox, 'Start from random weights', plan.scratch)
     fresh = _field(Checkbox, 'Throw away an earlier run in the results folder', plan.fresh)
-    return dict(data=data, out=out, **menu_fields(plan), **number_fields(plan), scratch=scratch, fresh=fresh)
+    return dict(data=data, out=out, **menu_fields(plan), **number_fields(plan), lr=lr, scratch=scratch, fresh=fresh)
 
 # %% ../../nbs/62_app.form.ipynb #4ff15036
 class RunForm(VBox):
@@ -110,7 +111,7 @@ class RunForm(VBox):
         for w in self.fields.values(): w.observe(lambda _: self.update(), 'value')
         self.update()
 
-# %% ../../nbs/62_app.form.ipynb #20e8a763
+# %% ../../nbs/62_app.form.ipynb #9df57432
 @patch(as_prop=True)
 def plan(self:RunForm)->Plan:
     "What the fields hold"
@@ -126,7 +127,7 @@ def update(self:RunForm):
     try: self.command.value = self.plan._repr_html_()
     except ValueError as e: self.command.value = html.escape(str(e))
 
-# %% ../../nbs/62_app.form.ipynb #d5cdca47
+# %% ../../nbs/62_app.form.ipynb #94e50038
 @patch
 def _try(self:RunForm, f):
     "Call `f`; show a user's mistake as an answer"
@@ -154,7 +155,7 @@ def _start(self:RunForm):
     self.thread = threading.Thread(target=self._follow, args=[job], daemon=True)
     self.thread.start()
 
-# %% ../../nbs/62_app.form.ipynb #78672a52
+# %% ../../nbs/62_app.form.ipynb #9ffb4646
 @patch
 def _follow(self:RunForm, job):
     "Show how far `job` has come until it ends, then its report or why there is none"
