@@ -92,8 +92,10 @@ def unlabeled_loader(
     augment=standard_augment, # Makes the albumentations transform
     cache=None, # An `ImageCache` through which images are read
 )->TfmdDL:      # Batches of images `(n, 3, h, w)` in 0–1
-    "Unlabelled images, augmented"
-    return _loader(list(files), ReadUnlabeled(size, augment(), cache), bs)
+    "Unlabelled images, augmented; a `ValueError` if there are none"
+    files = [Path(f) for f in files]
+    if not files: raise ValueError('files: no unlabelled images')
+    return _loader(files, ReadUnlabeled(size, augment(), cache), bs)
 
 def endless(
     loader:TfmdDL, # Its order is drawn anew for each pass
@@ -132,7 +134,7 @@ class MixedBatches:
         n = min(max(round(bs*self.share), 1), bs-1)
         return bs-n, n
 
-    def add_to(self, recipe): return recipe.replace(mix=self)
+    def add_to(self, recipe): return recipe.add(mix=self)
 
 # %% ../../nbs/54_distillation.batches.ipynb #3a7fcb66
 class PseudoCallback(Callback):

@@ -98,6 +98,13 @@ class Experiment:
     augment:callable=standard_augment # Makes the albumentations transform of the training images
     images:int=None # Images per epoch; None: the labelled ones
 
+    def total_epochs(self,
+        pair:tuple, # `(architecture, backbone)`
+    )->int:
+        "How many epochs a training of `pair` takes; the encoder is frozen at first where it has pretrained weights"
+        frozen = self.schedule['freeze_epochs'] if self.pretrained and pair[1] else 0
+        return frozen+self.schedule['epochs']
+
     def images_per_epoch(self,
         labelled:int, # Labelled images in a batch
     )->int:
@@ -130,9 +137,10 @@ def train(self:Experiment,
 )->Path:                # `file`
     "Train a network as a stage of the run, unless that is done"
     stage = self.run.stage(file)
-    if self.run.done(stage): self.events.emit('skipped', stage)
-    else: self._train_stage(stage, file, pair, seed, labelled, pseudo, make_callbacks)
+    done = self.run.done(stage)
+    if not done: self._train_stage(stage, file, pair, seed, labelled, pseudo, make_callbacks)
     self.events.finish_training()
+    if done: self.events.emit('skipped', stage)
     return file
 
 @patch
@@ -141,7 +149,7 @@ def _train_stage(self:Experiment, stage, file, pair, seed, labelled, pseudo, mak
     set_seed(seed, reproducible=True)  # first: the loaders draw their own seed when they are made
     callbacks = make_callbacks()
     learn = self.new_learner(pair, labelled, pseudo, self.pretrained)
-    epochs = self.schedule['epochs'] + (self.schedule['freeze_epochs'] if learn.pretrained else 0)
+    epochs = self.total_epochs(pair)
     self.events.emit('stage', stage, steps=len(learn.dls.train), epochs=epochs)
     checkpoint = file.with_suffix('.checkpoint')
     callbacks = [*callbacks, EpochEvents(self.events, stage, epochs)]
