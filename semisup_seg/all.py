@@ -1,13 +1,13 @@
 "What users call, by one import: `from semisup_seg.all import *`; the parts it is made of stay in their modules"
 from semisup_seg.core import IGNORE, DatasetError
 from semisup_seg.display import PALETTE, Table, overlay, show_rows
-from semisup_seg.data.images import Codes, load_image, load_mask, parse_codes, read_codes
-from semisup_seg.data.folder import DatasetSummary, check_dataset, image_files, split_files, unlabeled_files
-from semisup_seg.data.loaders import Augment, ClassMask, resize_image, seg_dls, standard_augment
+from semisup_seg.data.images import Codes, load_image, load_mask, parse_codes, read_codes, readers, register_reader
+from semisup_seg.data.folder import DatasetSummary, check_dataset, image_files, split_files, split_groups, unlabeled_files
+from semisup_seg.data.loaders import Augment, ClassMask, ImageCache, resize_image, seg_dls, standard_augment
 from semisup_seg.data.sources import SOURCES, brain_slices, busi, covid_ct, kvasir_seg
 from semisup_seg.models.core import SegNet, build_model, networks, register
 from semisup_seg.models.cost import cost, more_networks, n_params, network_table, speeds, stages
-from semisup_seg.training.losses import CEDiceLoss
+from semisup_seg.training.losses import CEDiceLoss, MaskedLoss
 from semisup_seg.training.learner import KeepBest, find_lr, fit, seg_learner
 from semisup_seg.training.metrics import SegMetric, dice, foreground_mean, jaccard, confusion_counts, metrics, overlap_metrics, register_metric, score_mask
 from semisup_seg.training.inference import Predictor, load_model, predict, save_model

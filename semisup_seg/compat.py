@@ -23,9 +23,11 @@ def dataDistillation(
     size:tuple=(480, 640), # `(height, width)` of the images in training, pixels
 )->Result:
     "Call `data_distillation` with the arguments of version 0.0"
-    return data_distillation((baseModel, baseBackbone), (targetModel, targetBackbone), transforms, path, outputPath, bs=bs, size=size)
+    base = baseModel, baseBackbone
+    target = targetModel, targetBackbone
+    return data_distillation(base, target, transforms, path, outputPath, bs=bs, size=size)
 
-# %% ../nbs/70_compat.ipynb #a0c3bf85
+# %% ../nbs/70_compat.ipynb #9659c06f
 def _pairs(models, backbones):
     "`(architecture, backbone)` of each teacher; a `ValueError` if the lists do not match"
     lists = isinstance(models, (list, tuple)) and isinstance(backbones, (list, tuple))
@@ -45,7 +47,9 @@ def modelDistillation(
     size:tuple=(480, 640), # `(height, width)` of the images in training, pixels
 )->Result:
     "Call `model_distillation` with the arguments of version 0.0"
-    return model_distillation(_pairs(baseModels, baseBackbones), (targetModel, targetBackbone), path, outputPath, bs=bs, size=size)
+    bases = _pairs(baseModels, baseBackbones)
+    target = targetModel, targetBackbone
+    return model_distillation(bases, target, path, outputPath, bs=bs, size=size)
 
 # %% ../nbs/70_compat.ipynb #60645d22
 def modelDataDistillation(
@@ -61,7 +65,8 @@ def modelDataDistillation(
 )->Result:
     "Call `model_data_distillation` with the arguments of version 0.0"
     bases = _pairs(baseModels, baseBackbones)
-    return model_data_distillation(bases, (targetModel, targetBackbone), transforms, path, outputPath, bs=bs, size=size)
+    target = targetModel, targetBackbone
+    return model_data_distillation(bases, target, transforms, path, outputPath, bs=bs, size=size)
 
 # %% ../nbs/70_compat.ipynb #447b3a4b
 def simpleTraining(

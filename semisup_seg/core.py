@@ -77,6 +77,7 @@ def check_positive(
         allowed = _is_number(value) and 0<value<math.inf
         if not allowed: raise ValueError(f'{name} is {value!r}; expected a positive number')
 
+# %% ../nbs/00_core.ipynb #a0000011
 def check_fractions(
     **numbers, # `argument=value`
 ):
@@ -107,6 +108,7 @@ def on_screen()->bool:
     "Whether a progress bar can be drawn: in a notebook or a terminal"
     return IN_NOTEBOOK or sys.stdout.isatty()
 
+# %% ../nbs/00_core.ipynb #a0000014
 def _show_rate(bar, what):
     "Go through `bar` and write beside it how many of `what` pass in a second"
     start = time.time()

@@ -1,5 +1,7 @@
 "Fixtures and small helpers that all tests share"
-import hashlib, os, shutil, subprocess, sys
+import hashlib, os, re, shutil, stat, subprocess, sys, threading, zipfile
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import matplotlib
@@ -100,6 +102,134 @@ def tiny(): return make_model()
 @pytest.fixture(scope='session')
 def trained_discs(tmp_path_factory): return make_discs(tmp_path_factory.mktemp('data')/'discs')
 
+# --- the data room: a registered format, archives, and a server that misbehaves
+
+@pytest.fixture
+def registry():
+    "The registered readers, which are as before after the test"
+    from semisup_seg.data.images import readers
+    before = dict(readers)
+    yield readers
+    readers.clear()
+    readers.update(before)
+
+@pytest.fixture
+def npy(registry):
+    "A reader of NumPy's files"
+    from semisup_seg.data.images import register_reader
+    @register_reader('.npy')
+    def read_npy(path): return np.load(path)
+
+    return read_npy
+
+def npy_discs(root):
+    "`make_discs` with all images and labels as NumPy's files"
+    for f in [*make_discs(root).rglob('*.png')]:
+        np.save(f.with_suffix('.npy'), np.array(Image.open(f)))
+        f.unlink()
+    return root
+
+def pack(
+    file:Path,    # The zip archive to write
+    members:dict, # Contents by name; None for a symbolic link
+):
+    "Write a zip archive"
+    with zipfile.ZipFile(file, 'w') as z:
+        for name,data in members.items():
+            info = zipfile.ZipInfo(name)
+            if data is None: info.external_attr = (stat.S_IFLNK | 0o777)<<16
+            z.writestr(info, b'/etc/passwd' if data is None else data)
+    return file
+
+class BadHandler(BaseHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+    def do_GET(self):
+        s,name = self.server,self.path.split('?')[0][1:]
+        how = s.moods.pop(0) if s.moods else ''
+        s.log.append((name, self.headers.get('Range'), how))
+        if not (s.root/name).is_file() or how in ('404', '503'): return self.send_error(int(how or 404))
+        if how=='nonsense': return self.wfile.write(b'no HTTP\r\n\r\n')
+        data = (s.root/name).read_bytes()
+        start = int(m[1]) if (m := re.match(r'bytes=(\d+)-$', self.headers.get('Range', ''))) and how!='no range' else 0
+        if start and start>=len(data): return self.send_error(416)
+        body = data[start:]
+        self.send_response(206 if start else 200)
+        if start: self.send_header('Content-Range', f'bytes {start}-{len(data)-1}/{len(data)}')
+        if how!='no size': self.send_header('Content-Length', str(len(body) + dict(more=500, less=-500).get(how, 0)))
+        self.end_headers()
+        self.wfile.write(body[:len(body)//2] if how in ('break', 'hang') else body[:len(body)-500] if how=='less' else body)
+        if how=='hang': s.hanging.wait(3)
+
+@pytest.fixture
+def server(tmp_path):
+    "A server of `tmp_path/'www'`; `moods` says how it misbehaves, request by request, `log` what was asked"
+    s = ThreadingHTTPServer(('127.0.0.1', 0), BadHandler)
+    s.daemon_threads,s.root,s.moods,s.log,s.hanging = True,tmp_path/'www',[],[],threading.Event()
+    s.root.mkdir()
+    s.url = f'http://127.0.0.1:{s.server_port}'
+    threading.Thread(target=s.serve_forever, kwargs=dict(poll_interval=0.01), daemon=True).start()
+    yield s
+    s.hanging.set()
+    s.shutdown()
+    s.server_close()
+
+# --- training
+
+SMALL_NET = 'Linknet', 'test_resnet'  # a fifth of the weights of `NET`, and half its time for a step
+
+def state(model): return {k: v.clone() for k,v in model.state_dict().items()}
+def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+# --- annotation: teachers whose masks anyone can check
+
+class Bright(torch.nn.Module):
+    "A network that is sure of the second class where the image is brighter than half; `seen` holds the size of each batch"
+    config,size,min_size = dict(name='Bright'), (48, 64), 16
+    def __init__(self, w=60.):
+        from semisup_seg.data.images import parse_codes
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(w))
+        self.codes = parse_codes('rest,7\ndisc,200')
+        self.seen = []
+    def forward(self, x):
+        self.seen.append(len(x))
+        return torch.cat([0*x[:, :1], (x[:, :1]-0.5)*self.w], 1)
+
+class Greedy(Bright):
+    "A `Bright` network for which memory runs out with more than `most` images"
+    def __init__(self, most, error):
+        super().__init__()
+        self.most,self.error = most, error
+    def forward(self, x):
+        if len(x)>self.most: raise self.error
+        return super().forward(x)
+
+def counted(m): return sum(m.seen)
+
+def pictures(folder, n=5):
+    "`n` images of different sizes with a bright disc at different places, and where it is"
+    rng,res = np.random.default_rng(1), {}
+    for i in range(n):
+        d = disc(50+20*i, 90-9*(i%6), rng)
+        res[save(folder/f'p{i}.png', np.uint8(d*200+20))] = d
+    return res
+
+def is_disc(mask, where):
+    "Whether the mask file of a `Bright` network shows a disc `where` it is"
+    a = np.array(Image.open(mask))
+    return a.shape==where.shape and set(np.unique(a))<={7, 200} and ((a==200)==where).mean()>0.96
+
+@pytest.fixture
+def decoded(registry):
+    "How often each PNG file is decoded during a test, `{path: times}`"
+    times = Counter()
+    def read(path):
+        times[path] += 1
+        with Image.open(path) as im: return im.copy()
+    registry['.png'] = read
+    return times
+
 # --- distillation
 
 OPTIONS = dict(size=SIZE, bs=4, epochs=2, freeze_epochs=0, lr=1e-3, pretrained=False)
@@ -107,8 +237,6 @@ OPTIONS = dict(size=SIZE, bs=4, epochs=2, freeze_epochs=0, lr=1e-3, pretrained=F
 def weights(out, name='target_U-Net_test_resnet'):
     "The weights that the run in `out` saved under `name`"
     return torch.load(out/f'{name}.pth', weights_only=True)
-
-def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 def make_experiment(path, out, bases=(), target=NET, views=(), trainings=1, **schedule):
     "The `Experiment` of a run in `out`, new or resumed"

@@ -1,10 +1,9 @@
-"Votes by hand, and windows that leave no seam"
+"Votes by hand: every rule, the agreement of the voters, and the entropy"
 import math
 
 import numpy as np, pytest, torch
 
 from semisup_seg.annotation.voting import VoteAccumulator, agreement, entropy, voter_confusion, vote, vote_rules
-from semisup_seg.training.sliding_window import cut_windows, merge_windows, window_starts
 
 def random_probs(n=3, shape=(2, 3, 6, 7), seed=0):
     g = torch.Generator().manual_seed(seed)
@@ -83,25 +82,3 @@ def test_added_one_by_one_is_the_same_vote():
         probs,counts = votes.result()
         want,agree = vote(ps, how, weights)
         assert torch.equal(probs, want) and torch.equal(agreement(counts), agree), how
-
-# --- windows
-
-@pytest.mark.parametrize('window', [16, 33, 64])
-@pytest.mark.parametrize('length', [1, 15, 16, 17, 64, 65, 100, 257])
-def test_windows_cover_and_overlap(length, window):
-    s = window_starts(length, window)
-    assert s[0]==0 and s==sorted(set(s)) and s[-1]==max(0, length-window)
-    assert all(b-a<=window*3/4+1 for a,b in zip(s, s[1:]))
-
-@pytest.mark.parametrize('shape', [(300, 200), (40, 300), (64, 64), (10, 12), (65, 64)])
-def test_what_is_cut_comes_back(shape):
-    image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
-    corners,parts = zip(*cut_windows(image, 64))
-    assert {p.shape for p in parts}=={(64, 64, 3)}
-    maps = list(merge_windows(np.float32(parts).transpose(0, 3, 1, 2), corners, 64, shape))
-    assert len(maps)==3 and np.abs(np.stack(maps, -1)-image).max()<0.01
-
-def test_joined_answers_stay_between_the_windows():
-    corners = [p for p,_ in cut_windows(np.zeros((150, 150, 3), np.uint8), 64)]
-    answers = np.random.default_rng(0).random((len(corners), 2, 16, 16)).astype(np.float32)
-    for m in merge_windows(answers, corners, 64, (150, 150)): assert m.shape==(150, 150) and answers.min()-1e-5<=m.min() and m.max()<=answers.max()+1e-5

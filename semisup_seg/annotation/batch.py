@@ -6,7 +6,8 @@ Docs: https://semisup-seg.github.io/semisup_seg/annotation.batch.html.md"""
 
 # %% auto #0
 __all__ = ['VoteSetup', 'load_teacher', 'prepare_vote', 'Prediction', 'read_truth', 'load_prediction', 'add_votes',
-           'conclude_votes', 'vote_on_batch', 'AnnotatedImage', 'annotate_prediction', 'annotate_batch']
+           'conclude_votes', 'vote_on_batch', 'pending_batches', 'AnnotatedImage', 'annotate_prediction',
+           'annotate_batch']
 
 # %% ../../nbs/37_annotation.batch.ipynb #85fee2a1
 import hashlib
@@ -20,7 +21,7 @@ from .voting import VoteAccumulator, agreement, entropy
 from ..core import DatasetError
 from ..data.images import load_mask
 from ..data.loaders import check_size
-from ..training.inference import NetworkInput, Predictor, unwrap_model
+from ..training.inference import NetworkInput, Predictor, network_device, unwrap_model
 from ..training.metrics import score_mask
 
 import numpy as np, torch
@@ -39,12 +40,21 @@ class VoteSetup:
     codes:object   # The classes
     digests:list   # One per teacher, of its architecture, classes and weights
 
+    @property
+    def images_per_batch(self):
+        "Images that are read and voted on together: `bs`, or one where images are cut into windows"
+        return 1 if self.window else self.bs
+
     def asked(self):
         "Everything a mask depends on besides its image, as JSON takes it"
         views = [v.name for v in self.views]
         return dict(teachers=self.digests, views=views, size=list(self.size), vote=self.vote, weights=self.weights, window=self.window)
 
-def load_teacher(teacher): return unwrap_model(teacher).eval()
+def load_teacher(
+    teacher, # A network, a `Learner` or the file of a model
+):           # The network, in evaluation mode
+    "The network of a teacher; a file is loaded onto the GPU if there is one"
+    return unwrap_model(teacher).eval()
 
 # %% ../../nbs/37_annotation.batch.ipynb #60d09a76
 def _digest(model):
@@ -60,8 +70,10 @@ def _describe(teacher):
 def _check_classes(facts):
     first = facts[0]
     for f in facts:
-        if f['codes'] is not None and f['codes']==first['codes']: continue
-        names = [o['codes'] and o['codes'].names for o in (f, first)]
+        if f['codes'] is None: raise ValueError(f'{f["name"]} has no classes yet: train it with seg_learner first')
+    for f in facts:
+        if f['codes']==first['codes']: continue
+        names = [o['codes'].names for o in (f, first)]
         raise ValueError(f'teachers: {f["name"]} knows the classes {names[0]}, {first["name"]} knows {names[1]}; they must be the same')
 
 def _check_sizes(facts, size, views):
@@ -149,11 +161,12 @@ def add_votes(
 ):
     "Let each of `teachers` vote on `arrays` under each view"
     networks = [m for m,_ in teachers]
+    views_scored = any(_scored(p, v) for v in setup.views for p in owners)
     alone = {}  # probabilities of each teacher for the images themselves
     scores = [[{} for _ in teachers] for _ in owners]
     for view,k,probs in predictor.predict_views(networks, arrays, setup.views):
         votes.add(probs, teachers[k][1])
-        if view is None: alone[k] = probs
+        if view is None and views_scored: alone[k] = probs
         for i,p in enumerate(owners):
             if not _scored(p, view): continue
             both = (alone[k][i]+probs[i])/2 if view else probs[i]
@@ -199,10 +212,21 @@ def _vote_in_turn(owners, arrays, teachers, setup, predictor, i, partial, batch,
     if not last and partial.has(name, k): return
     votes = VoteAccumulator(setup.vote)
     if k>0:
-        for p,scores in zip(owners, partial.load(name, k-1, votes)): p.voter_scores = scores
+        device = network_device(teachers[0][0])
+        for p,scores in zip(owners, partial.load(name, k-1, votes, device)): p.voter_scores = scores
     add_votes(votes, owners, arrays, teachers, setup, predictor)
     if last: conclude_votes(votes, owners)
     else: partial.save(name, k, votes, [p.voter_scores for p in owners])
+
+# %% ../../nbs/37_annotation.batch.ipynb #4a92db88
+def pending_batches(
+    jobs:list, # `ImageJob`s
+    bs:int,    # Images per batch
+    done=(),   # Keys of finished jobs
+)->list:       # `(number, jobs)`
+    "The batches of `jobs` that hold an unfinished one"
+    batches = [(i, jobs[i:i+bs]) for i in range(0, len(jobs), bs)]
+    return [(i, b) for i,b in batches if any(j.key not in done for j in b)]
 
 # %% ../../nbs/37_annotation.batch.ipynb #3c889702
 @dataclass
@@ -255,8 +279,12 @@ def annotate_batch(
 )->list:              # One `AnnotatedImage` per file
     "Let the teachers vote on `files`; nothing is written"
     predictor = Predictor(setup.size, setup.bs, setup.window)
-    jobs = [ImageJob(Path(f), (labels or {}).get(f)) for f in files]
-    predictions = [load_prediction(j, predictor, setup.codes) for j in jobs]
+    labels = {Path(i): Path(l) for i,l in (labels or {}).items()}
+    jobs = [ImageJob(Path(f), labels.get(Path(f))) for f in files]
     teachers = [(load_teacher(t), w) for t,w in zip(setup.teachers, setup.weights)]
-    vote_on_batch(predictions, teachers, setup, predictor)
-    return [annotate_prediction(p, predictor, setup.codes, soft) for p in predictions]
+    annotated = []
+    for _,part in pending_batches(jobs, setup.images_per_batch):
+        predictions = [load_prediction(j, predictor, setup.codes) for j in part]
+        vote_on_batch(predictions, teachers, setup, predictor)
+        annotated += [annotate_prediction(p, predictor, setup.codes, soft) for p in predictions]
+    return annotated

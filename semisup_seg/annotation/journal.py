@@ -28,7 +28,9 @@ class ImageJob:
     write:bool=True # Write a mask; False for a validation image, which is only scored
 
     @property
-    def key(self): return str(self.image), str(self.label) if self.label else None
+    def key(self):
+        "What tells the jobs of a call apart: an image may be annotated, and be a validation image too"
+        return str(self.image), self.write
 
 # %% ../../nbs/33_annotation.journal.ipynb #b447c0ce
 def mask_names(
@@ -58,6 +60,10 @@ def _read_journal(file):
     except (OSError, ValueError): return None, [], []
     head = json.loads(head)
     return head['asked'], head['names'], [AnnotationRecord(**json.loads(o)) for o in lines]
+
+def _job_key(record):
+    "The key of the job that `record` belongs to: only the record of a validation image has a label and no mask"
+    return record.image, bool(record.mask) or not record.label
 
 # %% ../../nbs/33_annotation.journal.ipynb #5162dcbd
 class AnnotationJournal:
@@ -110,8 +116,10 @@ def is_current(self:AnnotationJournal,
     record:AnnotationRecord, # Of an earlier call
 )->bool:
     "Whether `record` belongs to a job, and neither its files nor its mask have changed"
-    job = self.jobs.get((record.image, record.label))
+    job = self.jobs.get(_job_key(record))
     if job is None or record.stamp!=file_stamp(job.image, job.label): return False
+    label = str(job.label) if job.label else None
+    if record.label!=label and not record.error: return False
     written = job.write and not record.error
     if record.mask!=(f'annotations/{self.names[job.image]}' if written else ''): return False
     return not written or (self.out/record.mask).is_file()
@@ -127,8 +135,8 @@ def _take_over(self:AnnotationJournal, records, rows):
     "Keep the `records` that still hold, with what `rows` of the table say of them"
     for r in records:
         if not self.is_current(r): continue
-        row = rows.get(r.image, r)
-        self.records[r.image, r.label] = replace(r, used=row.used, judgement=row.judgement)
+        row = rows.get(r.image, r) if r.mask else r
+        self.records[_job_key(r)] = replace(r, used=row.used, judgement=row.judgement, extra=row.extra)
 
 @patch
 def _start_file(self:AnnotationJournal, head):
@@ -188,11 +196,12 @@ def load(self:PartialVotes,
     batch:str, # Name of the batch
     k:int,     # Index of the teacher that voted last
     votes,     # The `VoteAccumulator` to fill
+    device='cpu', # Where the next teacher votes
 )->list:       # `scores`, as they were saved
     "Fill `votes` with those of the teachers up to `k`"
     total,labels = (np.load(self._file(batch, k, f'{what}.npy'), mmap_mode='c') for what in ('total', 'labels'))
     facts = json.loads(self._file(batch, k, 'facts.json').read_text(encoding='utf-8'))
-    votes.total = torch.from_numpy(total)
-    votes.labels = list(torch.from_numpy(labels))
+    votes.total = torch.from_numpy(total).to(device)
+    votes.labels = list(torch.from_numpy(labels).to(device))
     votes.weight = facts['weight']
     return facts['scores']

@@ -42,7 +42,7 @@ class AnnotationRecord:
     voter_scores:list|None=field(default=None, compare=False) # Per teacher, `{'image' or view name: metrics}`
     extra:dict=field(default_factory=dict) # Cells of columns that were added to the table by hand
 
-# %% ../../nbs/32_annotation.records.ipynb #a416ad4a
+# %% ../../nbs/32_annotation.records.ipynb #447198db
 COLUMNS = 'image', 'mask', 'confidence', 'entropy', 'agreement', 'predicted_dice', 'used', 'judgement', 'error'
 CHECKED = 'image', 'label', 'confidence', 'entropy', 'agreement', 'dice'
 
@@ -58,7 +58,7 @@ def write_records(
         writer.writerow(columns)
         for r in records: writer.writerow([r.extra.get(c, getattr(r, c, '')) for c in columns])
 
-# %% ../../nbs/32_annotation.records.ipynb #d10617b9
+# %% ../../nbs/32_annotation.records.ipynb #753f1705
 @dataclass
 class Annotations:
     "The pseudo-labels of a folder, one record per image"
@@ -81,21 +81,21 @@ class Annotations:
         if self.checked: write_records(self.out/'calibration.csv', self.checked, CHECKED)
         return self
 
-# %% ../../nbs/32_annotation.records.ipynb #c27bf4e3
+# %% ../../nbs/32_annotation.records.ipynb #76623ede
 def reliability(
     rows:list, # `AnnotationRecord`s
 )->str:        # 'agreement' or 'confidence'
     "Name of the field to rank masks by: agreement, or confidence where there was one voter only"
     return 'agreement' if any(r.agreement not in (1, None) for r in rows) else 'confidence'
 
-# %% ../../nbs/32_annotation.records.ipynb #a6f8f965
+# %% ../../nbs/32_annotation.records.ipynb #606699ba
 @patch
 def ranked(self:Annotations)->list: # `AnnotationRecord`s
     "Records that have a mask, the least reliable first"
     measure = reliability(self.rows)
     return sorted([r for r in self.rows if r.mask], key=lambda r: getattr(r, measure))
 
-# %% ../../nbs/32_annotation.records.ipynb #07203efa
+# %% ../../nbs/32_annotation.records.ipynb #d46f97c7
 def _measures(records): return [k for k in ('confidence', 'agreement', 'predicted_dice') if getattr(records[0], k) is not None]
 
 @patch
@@ -120,7 +120,7 @@ def _parse_cell(column, text):
     if text.lower() not in ('true', 'false'): raise ValueError(f'used is {text!r}; expected True or False')
     return text.lower()=='true'
 
-# %% ../../nbs/32_annotation.records.ipynb #13dc1d29
+# %% ../../nbs/32_annotation.records.ipynb #837648c7
 def _parse_record(cells, columns):
     "The record of one line, given as `{column: text}`; columns besides `columns` are extra"
     if None in cells: raise ValueError(f'{cells["image"]}: more cells than names of columns')
@@ -133,7 +133,7 @@ def _parse_record(cells, columns):
     if r.mask and None in (r.confidence, r.agreement): raise ValueError(f'{r.image} has a mask and no numbers')
     return r
 
-# %% ../../nbs/32_annotation.records.ipynb #2a8a8268
+# %% ../../nbs/32_annotation.records.ipynb #2057c37e
 def _read_records(file, columns):
     "The records of a table, and the names of its columns"
     with open(file, newline='', encoding='utf-8') as stream:
@@ -145,7 +145,7 @@ def _read_records(file, columns):
     try: return [_parse_record(o, columns) for o in lines], names
     except ValueError as e: raise ValueError(f'{file}: is not a table of annotations ({e})') from e
 
-# %% ../../nbs/32_annotation.records.ipynb #9f36c586
+# %% ../../nbs/32_annotation.records.ipynb #fd01b553
 def read_annotations(
     out:str|Path, # The folder that holds `annotations.csv`
 )->Annotations:
@@ -166,7 +166,7 @@ def spearman(
     if len(set(a))<2 or len(set(b))<2: return float('nan')
     return float(spearmanr(a, b).statistic)
 
-# %% ../../nbs/32_annotation.records.ipynb #93667090
+# %% ../../nbs/32_annotation.records.ipynb #8bb74632
 def predict_dice(
     rows:list,    # `AnnotationRecord`s
     checked:list, # `AnnotationRecord`s with their true `dice`; those without one are left out
@@ -181,7 +181,7 @@ def predict_dice(
     def _predict(value): return None if value is None else float(np.clip(slope*value + intercept, 0, 1).round(5))
     return [_predict(getattr(r, measure)) for r in rows]
 
-# %% ../../nbs/32_annotation.records.ipynb #d296f90d
+# %% ../../nbs/32_annotation.records.ipynb #ad363ff2
 def _drop_repeats(records):
     "`records` in their order, each image once; a `ValueError` if two records of one image differ"
     first = {}
@@ -189,7 +189,7 @@ def _drop_repeats(records):
         if first.setdefault(r.image, r)!=r: raise ValueError(f'records: {r.image} is given twice, with other values')
     return list(first.values())
 
-# %% ../../nbs/32_annotation.records.ipynb #5cbc4433
+# %% ../../nbs/32_annotation.records.ipynb #cbd00b53
 def merge_annotations(
     out:str|Path, # The folder that holds `annotations/`; the tables are written there
     records:list, # `AnnotationRecord`s of one or several workers, in any order
@@ -214,7 +214,7 @@ def read_or_reason(
     try: return load(file)
     except DatasetError as e: return str(e).replace(str(file), Path(file).name)
 
-# %% ../../nbs/32_annotation.records.ipynb #805e5592
+# %% ../../nbs/32_annotation.records.ipynb #2d945ca4
 def _draw_pair(image, mask, values):
     "Image and mask side by side as an HTML picture, or the reason why there is none"
     for o in (image, mask):
@@ -223,7 +223,7 @@ def _draw_pair(image, mask, values):
     coloured = overlay(image, np.searchsorted(values, mask))
     return HtmlText('', img_tag(np.hstack([image, coloured]), 'image and mask', 144))
 
-# %% ../../nbs/32_annotation.records.ipynb #bdd34a05
+# %% ../../nbs/32_annotation.records.ipynb #7b4b9e21
 def _draw_pairs(ann, records):
     "A picture per record, and the pixel values of all masks"
     images = [read_or_reason(load_image, r.image) for r in records]
@@ -231,7 +231,7 @@ def _draw_pairs(ann, records):
     values = sorted({int(v) for m in masks if not isinstance(m, str) for v in np.unique(m)})
     return [_draw_pair(i, m, values) for i,m in zip(images, masks)], values
 
-# %% ../../nbs/32_annotation.records.ipynb #9b98cc31
+# %% ../../nbs/32_annotation.records.ipynb #35815d03
 @patch
 def _repr_html_(self:Annotations, n=3):
     summary = f'<div>{to_html(repr(self))}</div>'
@@ -262,7 +262,7 @@ def show_annotations(
     least,most = ranked[:n], ranked[len(ranked)-n:]
     show_rows([[_draw(r) for r in least], [_draw(r) for r in most]], labels=['least trusted', 'most trusted'])
 
-# %% ../../nbs/32_annotation.records.ipynb #70ffb238
+# %% ../../nbs/32_annotation.records.ipynb #b7614195
 def show_calibration(
     ann:Annotations, # From `annotate` with validation images
 ):

@@ -1,4 +1,4 @@
-"""What to train, with whom and where: checked before it starts, followed while it runs, stopped when you like.
+"""Check what a run needs before it starts, follow it while it trains, stop it at any moment.
 
 Docs: https://semisup-seg.github.io/semisup_seg/app.job.html.md"""
 
@@ -8,120 +8,219 @@ Docs: https://semisup-seg.github.io/semisup_seg/app.job.html.md"""
 __all__ = ['ROUTINES', 'Plan', 'Progress', 'Job']
 
 # %% ../../nbs/60_app.job.ipynb #39c5b52c
-import html, re, shlex, signal, subprocess, sys
+import html, shlex, signal, subprocess, sys, tempfile, time
 from dataclasses import dataclass
-from fnmatch import filter as matching
+from fnmatch import fnmatch
+from pathlib import Path
 
 from ..core import lookup
+from ..data.folder import DatasetSummary
+from ..display import Table
 from ..distillation.experiment import check_run
-from ..models.core import networks
 from ..distillation.recipe import recipes
+from ..distillation.run import format_seconds, read_events
+from ..models.core import networks
 
 from fastcore.basics import patch
 
 # %% ../../nbs/60_app.job.ipynb #7d299c0d
 ROUTINES = {  # chkstyle: ignore-node
-    'data distillation': 'one teacher looks at each unlabelled image in several views',
-    'model distillation': 'several teachers look at each unlabelled image',
-    'data & model distillation': 'several teachers, several views',
-    'simple training': 'the labelled images alone'}
+    'data distillation': 'one teacher votes over several views of each unlabelled image',
+    'model distillation': 'several teachers vote on each unlabelled image',
+    'data & model distillation': 'several teachers vote over several views',
+    'simple training': 'labelled images alone'}
 
 @dataclass
 class Plan:
     "What a run is asked to do"
     data:str=''            # The data set folder
-    out:str='results'      # Where the results go
+    out:str='results'      # Folder for the results
     routine:str='data distillation' # One of `ROUTINES`
-    teachers:tuple=('U-Net',) # Names of networks
-    each:int=1             # How many of each, with seeds of their own
-    target:str='U-Net'     # Name of a network
-    encoder:str='tf_efficientnet_lite0' # For those networks that take one
+    teachers:tuple=('U-Net',) # Architectures of the teachers
+    each:int=1             # Teachers per architecture, which differ by their seed
+    target:str='U-Net'     # Architecture of the student
+    encoder:str='tf_efficientnet_lite0' # Backbone of the architectures that take it
     views:tuple=('H Flip',) # Names of views
-    recipe:str='default'   # How the target learns from pseudo-labels
-    size:int=256           # Side at which the networks look, pixels
+    recipe:str='default'   # How the student learns from pseudo-labels, one of `recipes`
+    size:int=256           # Height and width of the images in training, pixels
     bs:int=8               # Images per batch
-    epochs:int=20          # Epochs with everything trained
+    epochs:int=20          # Epochs with all weights trained
     freeze_epochs:int=2    # Epochs before that with the encoder frozen
-    seed:int=42            # Fixes the result on one machine
-    scratch:bool=False     # Begin with random weights
+    lr:float=0             # Highest learning rate; 0: found by a trial run
+    seed:int=42            # Makes the result repeatable on one machine
+    scratch:bool=False     # Start from random weights
     fresh:bool=False       # Start afresh where `out` holds an earlier run
 
-    def pair(self, name):
-        "Network and encoder as in a routine"
-        net = lookup(name, networks, 'network')
-        return net.name, self.encoder if net.encoders and matching([self.encoder], net.encoders) else net.backbone
+# %% ../../nbs/60_app.job.ipynb #032fe57f
+@patch
+def pair(self:Plan, name:str)->tuple: # `(architecture, backbone)`
+    "The network `name` with its backbone"
+    net = lookup(name, networks, 'network')
+    takes_encoder = net.encoders and fnmatch(self.encoder, net.encoders)
+    return net.name, self.encoder if takes_encoder else net.backbone
 
-    @property
-    def bases(self): return [] if self.routine=='simple training' else [self.pair(t) for t in self.teachers for _ in range(self.each if 'model' in self.routine else 1)]
-    @property
-    def active_views(self): return [*self.views] if 'data' in self.routine else []
+@patch(as_prop=True)
+def bases(self:Plan)->list:
+    "`(architecture, backbone)` of each teacher"
+    if self.routine=='simple training': return []
+    each = self.each if 'model' in self.routine else 1
+    return [self.pair(name) for name in self.teachers for _ in range(each)]
+
+# %% ../../nbs/60_app.job.ipynb #f82e49f1
+@patch(as_prop=True)
+def active_views(self:Plan)->list:
+    "Names of the views that vote"
+    return list(self.views) if 'data' in self.routine else []
 
 # %% ../../nbs/60_app.job.ipynb #58d24191
+def _check_teachers(plan):
+    "Refuse a number of teachers or views that the routine does not take"
+    n = len(plan.bases)
+    routine = plan.routine.capitalize()
+    if plan.routine=='data distillation' and n!=1: raise ValueError(f'Data distillation has one teacher; {n} are chosen.')
+    if 'model' in plan.routine and n<2:
+        raise ValueError(f'{routine} has two teachers or more; {n} is chosen. Choose another, or several of the same.')
+    if 'data' in plan.routine and not plan.views: raise ValueError(f'{routine} needs at least one view.')
+
+# %% ../../nbs/60_app.job.ipynb #c51a932b
 @patch
-def check(self:Plan):
-    "What the data set folder holds; a `ValueError` that says why the run cannot start"
-    lookup(self.routine, {k: k for k in ROUTINES}, 'routine')
+def check(self:Plan)->DatasetSummary:
+    "Check everything the run needs; a `ValueError` says why it cannot start"
+    lookup(self.routine, {name: name for name in ROUTINES}, 'routine')
     lookup(self.recipe, recipes, 'recipe')
     if not self.data.strip(): raise ValueError('The data set folder is not named yet.')
     if not self.out.strip(): raise ValueError('The folder for the results is not named yet.')
-    n = len(self.bases)
-    if self.routine=='data distillation' and n!=1: raise ValueError(f'Data distillation has one teacher; {n} are chosen.')
-    if 'model' in self.routine and n<2: raise ValueError(f'{self.routine.capitalize()} has two teachers or more; {n} is chosen. Choose another, or several of the same.')
-    if 'data' in self.routine and not self.views: raise ValueError(f'{self.routine.capitalize()} needs at least one view.')
-    return check_run(self.bases, self.pair(self.target), self.active_views, self.data, self.out, (self.size, self.size), not self.scratch)[-1]
+    _check_teachers(self)
+    size = self.size, self.size
+    return check_run(self.bases, self.pair(self.target), self.active_views, self.data, self.out, size, not self.scratch)[-1]
+
+# %% ../../nbs/60_app.job.ipynb #f3e9c18b
+def _words(pair): return [word for word in pair if word]
 
 @patch
-def argv(self:Plan)->list: # Of the command `semisup-seg`
-    "The plan as a command"
-    def _net(flag, pair): return [flag, *filter(None, pair)]
-    start = ['distill' if self.bases else 'train', self.data, self.out, *_net('--target' if self.bases else '--network', self.pair(self.target))]
-    if self.bases: start += [*(w for b in self.bases for w in _net('--base', b)), '--views', *self.active_views, '--recipe', self.recipe]
-    numbers = dict(bs=self.bs, epochs=self.epochs, freeze_epochs=self.freeze_epochs, seed=self.seed)
-    start += ['--size', str(self.size), str(self.size), *(w for k,v in numbers.items() for w in (f'--{k.replace("_", "-")}', str(v)))]
-    return start + ['--scratch']*self.scratch + ['--fresh']*self.fresh
+def argv(self:Plan)->list: # Strings
+    "The arguments of the command `semisup-seg` that runs the plan"
+    if self.bases:
+        args = ['distill', self.data, self.out, '--target', *_words(self.pair(self.target))]
+        for base in self.bases: args += ['--base', *_words(base)]
+        args += ['--views', *self.active_views, '--recipe', self.recipe]
+    else: args = ['train', self.data, self.out, '--network', *_words(self.pair(self.target))]
+    args += ['--size', str(self.size), str(self.size), '--bs', str(self.bs), '--epochs', str(self.epochs)]
+    args += ['--freeze-epochs', str(self.freeze_epochs), '--seed', str(self.seed)]
+    if self.lr: args += ['--lr', str(self.lr)]
+    if self.scratch: args.append('--scratch')
+    if self.fresh: args.append('--fresh')
+    return args
 
+# %% ../../nbs/60_app.job.ipynb #9c5c4866
 @patch
-def _repr_html_(self:Plan): return f'<pre style="white-space:pre-wrap">semisup-seg {html.escape(shlex.join(self.argv()))}</pre>'
+def _repr_html_(self:Plan):
+    command = html.escape(shlex.join(['semisup-seg', *self.argv()]))
+    return f'<pre style="white-space:pre-wrap">{command}</pre>'
 
 # %% ../../nbs/60_app.job.ipynb #3fc43c34
 class Progress:
-    "How far a run has come, from the lines that it prints"
-    def __init__(self, plan):
-        self.trainings,self.epochs = len(plan.bases)+1, plan.epochs+plan.freeze_epochs
-        self.stage,self.begun,self.rows = 'starting', 0, 0
-
-    def hear(self,
-        line:str, # What the run prints
+    "How far a run has come"
+    def __init__(self,
+        events:list, # From `read_events`
     ):
-        if m := re.match(r'(\S+): (\d+ steps an epoch|already trained)', line): self.stage,self.begun,self.rows = m[1], self.begun+1, self.epochs*(m[2]=='already trained')
-        elif re.match(r' +\d+ +\d', line): self.rows += 1
-        elif m := re.search(r'going on after (\d+) of', line): self.rows = int(m[1])
-        elif m := re.match(r'(\S*annotations): (.*)', line): self.stage = m[0].strip()
-        elif line.startswith('report: '): self.begun,self.rows,self.stage = self.trainings, self.epochs, 'report'
+        last = events[-1] if events else {}
+        stages = [e['stage'] for e in events if e['stage']]
+        self.share = last.get('share', 0)        # Part of the run that is done, 0–1
+        self.time_left = last.get('time_left')   # Seconds; None while unknown
+        self.stage = stages[-1] if stages else 'starting'
+        if last.get('event')=='report': self.stage = 'report'
+        self.epochs = [e for e in events if e['event']=='epoch' and e['stage']==self.stage]
+        self.warnings = [e['text'] for e in events if e['event']=='warning']
 
-    @property
-    def share(self): return max(0, self.begun-1+min(1, self.rows/self.epochs))/self.trainings if self.begun else 0  # 0–1
+    def __repr__(self):
+        left = f', {format_seconds(self.time_left)} left' if self.time_left else ''
+        return f'{self.share:.0%}, {self.stage}{left}'
+
+# %% ../../nbs/60_app.job.ipynb #da371941
+def _score_table(epochs):
+    "Scores on the validation images, a line per epoch"
+    names = list(epochs[-1]['scores'])
+    lines = [[f'{e["epoch"]} of {e["epochs"]}', *(f'{e["scores"][n]:.3f}' for n in names)] for e in epochs[-8:]]
+    return Table([['epoch', *(n.replace('_', ' ') for n in names)], *lines])
+
+# %% ../../nbs/60_app.job.ipynb #af03d59a
+@patch
+def _repr_html_(self:Progress):
+    bar = f'<progress value="{self.share:.4f}" aria-label="Share of the run that is done" style="width:min(24rem, 100%)"></progress>'
+    parts = [f'<div>{bar} {html.escape(str(self))}</div>']
+    parts += [f'<div>{html.escape(text)}</div>' for text in self.warnings]
+    if self.epochs: parts.append(_score_table(self.epochs)._repr_html_())
+    return ''.join(parts)
 
 # %% ../../nbs/60_app.job.ipynb #b0f70836
+# A server that was started in the background of a shell ignores SIGINT, and its child processes too: listen to it again
+_PROGRAM = '''import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from semisup_seg.app.cli import main
+sys.exit(main())'''
+
 class Job:
     "The run of a plan in a process of its own"
-    def __init__(self, plan:Plan):
+    def __init__(self,
+        plan:Plan, # Is checked before the process starts
+    ):
         plan.check()
-        self.plan,self.progress,self.said = plan, Progress(plan), []
-        code = 'import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from semisup_seg.app.cli import main; sys.exit(main())'
-        how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding='utf-8', errors='replace')
-        self.process = subprocess.Popen([sys.executable, '-u', '-c', code, *plan.argv()], **how)
+        self.plan = plan
+        self.out = Path(plan.out).absolute()
+        self.start = time.time()
+        self.printed = tempfile.TemporaryFile()
+        command = [sys.executable, '-u', '-c', _PROGRAM, *plan.argv()]
+        self.process = subprocess.Popen(command, stdout=self.printed, stderr=subprocess.STDOUT)
 
-    def lines(self):
-        "What the run prints, line by line as it comes; ends with the run"
-        for line in self.process.stdout:
-            self.said.append(line.rstrip())
-            self.progress.hear(line)
-            yield line.rstrip()
-        self.process.wait()
+    @property
+    def events(self):
+        "What the run has reported so far, the oldest first"
+        return [e for e in read_events(self.out) if e['time']>=self.start]
 
-    def stop(self): self.process.send_signal(signal.SIGINT if sys.platform!='win32' else signal.SIGTERM)
     @property
-    def done(self): return self.process.poll()==0
-    @property
-    def trouble(self): return '' if self.process.poll() in (0, None) else next((o for o in reversed(self.said) if o.strip()), 'the run ended without a word')
+    def progress(self):
+        "How far the run has come"
+        return Progress(self.events)
+
+# %% ../../nbs/60_app.job.ipynb #e6ec23bf
+@patch(as_prop=True)
+def running(self:Job)->bool:
+    "Whether the run is going on"
+    return self.process.poll() is None
+
+@patch(as_prop=True)
+def done(self:Job)->bool:
+    "Whether the run has come to its report"
+    return self.process.poll()==0
+
+# %% ../../nbs/60_app.job.ipynb #895350cb
+@patch(as_prop=True)
+def error(self:Job)->str:
+    "Why the run ended early, the last line it printed; empty if it did not"
+    if self.running or self.done: return ''
+    self.printed.seek(0)
+    lines = self.printed.read().decode(errors='replace').splitlines()
+    spoken = [line for line in lines if line.strip()]
+    return spoken[-1] if spoken else f'the run ended with status {self.process.poll()} and no message'
+
+# %% ../../nbs/60_app.job.ipynb #11af05bf
+@patch
+def follow(self:Job,
+    seconds:float=0.5, # Between two looks at the file
+):
+    "Yield each event of the run soon after it is written; ends with the run"
+    seen = 0
+    while True:
+        running = self.running  # asked first, so that the last events are not missed
+        events = self.events
+        yield from events[seen:]
+        seen = len(events)
+        if not running: return
+        time.sleep(seconds)
+
+# %% ../../nbs/60_app.job.ipynb #85b3df87
+@patch
+def stop(self:Job):
+    "Interrupt the run; the same plan resumes after the last finished epoch"
+    self.process.send_signal(signal.SIGINT if sys.platform!='win32' else signal.SIGTERM)

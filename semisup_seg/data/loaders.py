@@ -17,10 +17,17 @@ os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # albumentations asks th
 
 with warnings.catch_warnings():
     warnings.simplefilter('ignore', FutureWarning)  # torch's own notice about a decorator in fastai
-    from fastai.vision.all import *
+    from fastai.data.block import DataBlock, TransformBlock
+    from fastai.data.core import DataLoaders, ItemTransform, Transform
+    from fastai.data.transforms import IntToFloatTensor
+    from fastai.imports import dispatch
+    from fastai.torch_core import TensorImage, TensorMask, show_image
+    from fastai.vision.core import AddMaskCodes, PILImage, PILMask
+    from fastai.vision.data import get_grid
 
 import albumentations as A, numpy as np, torch
 from PIL import Image
+from fastcore.basics import patch
 
 from ..core import IGNORE, DatasetError, check_numbers
 from ..display import cmap, palette_index
@@ -64,6 +71,7 @@ class ImageCache:
             self._kept[key] = value
         return value
 
+# %% ../../nbs/04_data.loaders.ipynb #a0400014
 def _file_state(file):
     "Path, time of the last change and bytes of `file`"
     try: s = os.stat(file)
@@ -98,7 +106,10 @@ def mask(self:ImageCache,
 # %% ../../nbs/04_data.loaders.ipynb #932341d1
 class ClassMask(TensorMask):
     "Class indices `(h, w)`, drawn in the palette of this project"
-    def show(self, ctx=None, **kwargs):
+    def show(self,
+        ctx=None, # Axes to draw on; None: new ones
+        **kwargs, # For `show_image` of fastai
+    ):            # The axes
         "Draw the mask, with the background and ignored pixels left clear"
         mask = self.cpu().numpy()
         colours = np.ma.masked_where((mask==0)|(mask==IGNORE), palette_index(mask))
@@ -111,19 +122,23 @@ class SegMask(PILMask):
 
 # %% ../../nbs/04_data.loaders.ipynb #a040000f
 class ReadResized(Transform):
-    "Read an image file at `size`; with `codes`, a label file"
+    "Read an image file at `size`, or what `load_image` takes besides; with `codes`, a label file"
+    input_types = str, Path, np.ndarray, Image.Image  # what fastai's `Learner.predict` hands to it
     def __init__(self,
         size:tuple,            # `(height, width)`, pixels
         codes:Codes=None,      # The classes of label files; None to read images
         cache:ImageCache=None, # Reads the files; None: a new one
     ):
-        self.cache = ImageCache(size) if cache is None else cache
+        if cache is None: cache = ImageCache(size)
+        self.cache = cache
         self.codes = codes
         if self.cache.size!=check_size(size): raise ValueError(f'cache is of size {self.cache.size}; expected {size}')
 
-    def encodes(self, o:Path):
+    def encodes(self, o:str|Path):
         if self.codes is None: return PILImage.create(self.cache.image(o)[0])
         return SegMask(Image.fromarray(self.cache.mask(o, self.codes)))
+
+    def encodes(self, o:np.ndarray|Image.Image): return PILImage.create(resize_image(load_image(o), self.cache.size))
 
 # %% ../../nbs/04_data.loaders.ipynb #5a1e0b22
 @dispatch
@@ -224,7 +239,7 @@ def seg_dls(
     pairs = sum(splits, [])
     labels = dict(pairs)
     ends = np.cumsum([0, *map(len, splits)])
-    cache = ImageCache(size) if cache is None else cache
+    if cache is None: cache = ImageCache(size)
     image = TransformBlock(ReadResized(size, cache=cache), batch_tfms=IntToFloatTensor)
     mask = TransformBlock([ReadResized(size, codes, cache), AddMaskCodes(codes.names)], batch_tfms=IntToFloatTensor)
     block = DataBlock((image, mask), get_items=lambda _: [i for i,_ in pairs], get_y=lambda o: labels[o],

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..display import Displayable, Table
-from .report import _cell, _seconds, describe_gain, read_report
+from .page import total_seconds
+from .report import format_interval, describe_gain, read_report
 from .scores import bootstrap_interval
 
 import numpy as np
@@ -38,8 +39,8 @@ class Comparison(Displayable):
     @property
     def tables(self):
         first,*others = self.runs
-        gains = {first: ['', '']} | {n: [_cell(bootstrap_interval(self.gains(n)), '+'), describe_gain(self.gains(n))] for n in others}
-        rows = [[n, _cell(bootstrap_interval(self.dice(n))), *gains[n], self.steps(n), _seconds(self.training[n]) or '–'] for n in self.runs]
+        gains = {first: ['', '']} | {n: [format_interval(bootstrap_interval(self.gains(n)), '+'), describe_gain(self.gains(n))] for n in others}
+        rows = [[n, format_interval(bootstrap_interval(self.dice(n))), *gains[n], self.steps(n), total_seconds(self.training[n]) or '–'] for n in self.runs]
         return [Table([['run', 'mean Dice', f'gain over {first}', '', 'target steps', 'seconds in all'], *rows]),
             Table([['run', 'teachers → target', 'views', 'recipe', 'size', 'seed'], *(_how(n, r.settings) for n,r in self.runs.items())])]
 

@@ -1,12 +1,11 @@
-"The three sets from the clinic, made small in the layouts of their archives and served by servers that misbehave"
-import gzip, io, json, re, stat, threading, time, zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+"The data sets: the clinical ones made small, in the layouts of their archives"
+import gzip, io, json, re, zipfile
 
 import nibabel as nib, numpy as np, pytest
-from conftest import ROOT, disc, photo, tree
+from conftest import ROOT, disc, pack, photo, tree
 from PIL import Image
 
-import semisup_seg.data.archives as D, semisup_seg.data.sources as S
+import semisup_seg.data.sources as sources
 from semisup_seg.core import DatasetError
 from semisup_seg.data.folder import check_dataset, split_files, unlabeled_files
 from semisup_seg.data.images import load_image, load_mask, read_codes
@@ -31,15 +30,6 @@ def picture(a, kind):
     b = io.BytesIO()
     Image.fromarray(a).save(b, kind, **(dict(quality=75) if kind=='jpeg' else {}))
     return b.getvalue()
-
-def pack(file, members):
-    "A zip archive of `members`: contents, or None for a symbolic link, by name"
-    with zipfile.ZipFile(file, 'w') as z:
-        for name,data in members.items():
-            info = zipfile.ZipInfo(name)
-            if data is None: info.external_attr = (stat.S_IFLNK | 0o777)<<16
-            z.writestr(info, b'/etc/passwd' if data is None else data)
-    return file
 
 @pytest.fixture(scope='session')
 def shelf(tmp_path_factory):
@@ -79,41 +69,6 @@ def pack_covid(root):
     pack(root/'COVID-19-CT-Seg_20cases.zip', cts)
     pack(root/'Lung_and_Infection_Mask.zip', masks)
 
-# --- a server
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *args): pass
-
-    def do_GET(self):
-        s,name = self.server,self.path.split('?')[0][1:]
-        how = s.moods.pop(0) if s.moods else ''
-        s.log.append((name, self.headers.get('Range'), how))
-        if not (s.root/name).is_file() or how in ('404', '503'): return self.send_error(int(how or 404))
-        if how=='nonsense': return self.wfile.write(b'no HTTP\r\n\r\n')
-        data = (s.root/name).read_bytes()
-        start = int(m[1]) if (m := re.match(r'bytes=(\d+)-$', self.headers.get('Range', ''))) and how!='no range' else 0
-        if start and start>=len(data): return self.send_error(416)
-        body = data[start:]
-        self.send_response(206 if start else 200)
-        if start: self.send_header('Content-Range', f'bytes {start}-{len(data)-1}/{len(data)}')
-        if how!='no size': self.send_header('Content-Length', str(len(body) + dict(more=500, less=-500).get(how, 0)))
-        self.end_headers()
-        self.wfile.write(body[:len(body)//2] if how in ('break', 'hang') else body[:len(body)-500] if how=='less' else body)
-        if how=='hang': s.hanging.wait(3)
-
-@pytest.fixture
-def server(tmp_path):
-    "A server of `tmp_path/'www'`; `moods` says how it misbehaves, request by request, `log` what was asked"
-    s = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    s.daemon_threads,s.root,s.moods,s.log,s.hanging = True,tmp_path/'www',[],[],threading.Event()
-    s.root.mkdir()
-    s.url = f'http://127.0.0.1:{s.server_port}'
-    threading.Thread(target=s.serve_forever, kwargs=dict(poll_interval=0.01), daemon=True).start()
-    yield s
-    s.hanging.set()
-    s.shutdown()
-    s.server_close()
-
 @pytest.fixture
 def official(server, shelf, monkeypatch):
     "The table of addresses, led to `server`, which holds the small archives"
@@ -141,76 +96,6 @@ def test_official_address(official, tmp_path, capsys):
 def test_both_files_of_covid(official, tmp_path):
     check_dataset(covid_ct(tmp_path/'d', **SMALL))
     assert [n for n,_,_ in official.log]==['COVID-19-CT-Seg_20cases.zip', 'Lung_and_Infection_Mask.zip']
-
-def test_goes_on_where_it_broke_off(official, tmp_path):
-    official.moods = ['break', 'break', '503']
-    kvasir_seg(tmp_path/'d', **SMALL)
-    size = (tmp_path/'kvasir-seg.zip').stat().st_size
-    first = size//2
-    second = first+(size-first)//2
-    assert [r for _,r,_ in official.log]==[None, f'bytes={first}-', f'bytes={second}-', f'bytes={second}-']
-    assert (tmp_path/'kvasir-seg.zip').read_bytes()==(official.root/'kvasir-seg.zip').read_bytes()
-
-def test_goes_on_in_the_next_call(official, tmp_path):
-    official.moods = ['break', '404']
-    with pytest.raises(DatasetError, match='404'): kvasir_seg(tmp_path/'d', **SMALL)
-    part = (tmp_path/'kvasir-seg.zip.part').stat().st_size
-    assert part>0 and not (tmp_path/'d').exists()
-    kvasir_seg(tmp_path/'d', **SMALL)
-    assert official.log[-1][1]==f'bytes={part}-' and not (tmp_path/'kvasir-seg.zip.part').exists()
-
-def test_server_without_ranges(official, tmp_path):
-    official.moods = ['break', 'no range']
-    kvasir_seg(tmp_path/'d', **SMALL)
-    assert (tmp_path/'kvasir-seg.zip').read_bytes()==(official.root/'kvasir-seg.zip').read_bytes()
-
-def test_server_that_names_no_size(official, tmp_path):
-    official.moods = ['no size']
-    check_dataset(kvasir_seg(tmp_path/'d', **SMALL))
-
-def test_stale_part_is_begun_again(official, tmp_path):
-    (tmp_path/'kvasir-seg.zip.part').write_bytes(bytes(10**6))
-    check_dataset(kvasir_seg(tmp_path/'d', **SMALL))
-
-def test_hanging_server(official, tmp_path, monkeypatch):
-    monkeypatch.setattr(D, '_TIMEOUT', 0.2)
-    official.moods = ['hang']
-    start = time.time()
-    check_dataset(kvasir_seg(tmp_path/'d', **SMALL))
-    assert time.time()-start<2.5 and len(official.log)==2
-
-@pytest.mark.parametrize('moods,error', [
-    (['404'], '404'), (['503']*9, '503'), (['nonsense']*9, 'no HTTP'), (['more', 'more']*9, r'it broke off at \d+ of \d+ bytes'), (['less'], 'cannot be read as a zip')])
-def test_failed_download_says_what_to_do(official, tmp_path, moods, error):
-    official.moods = moods
-    with pytest.raises(DatasetError, match=error) as e: kvasir_seg(tmp_path/'d', **SMALL)
-    assert official.url in str(e.value) and 'archive=' in str(e.value) and len(official.log)<=5
-    assert [p.name for p in tmp_path.iterdir() if p.name not in ('www', 'kvasir-seg.zip.part')]==[]
-
-def test_nobody_answers(official, tmp_path):
-    official.shutdown()
-    official.server_close()
-    with pytest.raises(DatasetError, match='could not be downloaded.*archive='): kvasir_seg(tmp_path/'d', **SMALL)
-
-def test_sha256(official, tmp_path, monkeypatch):
-    sha = tree(official.root)['kvasir-seg.zip']
-    files = lambda s: monkeypatch.setitem(SOURCES, 'kvasir_seg', dict(SOURCES['kvasir_seg'], files={'kvasir-seg.zip': (f'{official.url}/kvasir-seg.zip', s)}))
-    files(sha[:-1]+'x')
-    for archive in (None, f'{official.url}/kvasir-seg.zip'):
-        with pytest.raises(DatasetError, match=f'SHA-256 is {sha}; expected'): kvasir_seg(tmp_path/'d', archive=archive, **SMALL)
-    assert len(official.log)==2 and not list(tmp_path.glob('*.zip*'))
-    kvasir_seg(tmp_path/'mine', archive=official.root/'kvasir-seg.zip', **SMALL)
-    files(sha)
-    kvasir_seg(tmp_path/'d', **SMALL)
-
-@pytest.mark.parametrize('name', ['../evil.jpg', '/evil.jpg', 'Kvasir-SEG/../../evil.jpg', '..\\evil.jpg', 'C:\\evil.jpg', 'link'])
-@pytest.mark.parametrize('web', [True, False])
-def test_malicious_archive(official, shelf, tmp_path, name, web):
-    with zipfile.ZipFile(shelf/'kvasir-seg.zip') as z: good = {n: z.read(n) for n in z.namelist()}
-    file = pack(official.root/'kvasir-seg.zip', {**good, name: None if name=='link' else b'x'})
-    with pytest.raises(DatasetError, match='points out of its folder') as e: kvasir_seg(tmp_path/'deep/d', archive=None if web else file, **SMALL)
-    assert repr(name) in str(e.value)
-    assert not [p for p in tmp_path.rglob('*') if 'www' not in p.parts and p.name!='deep'] and file.exists()
 
 def test_mirror(official, tmp_path):
     (official.root/'other.zip').write_bytes((official.root/'Dataset_BUSI.zip').read_bytes())
@@ -379,7 +264,7 @@ def test_covid_every(shelf, tmp_path, every):
 
 def test_interrupted_writing_leaves_nothing(shelf, tmp_path, monkeypatch):
     def stop(*args): raise KeyboardInterrupt
-    monkeypatch.setattr(S, '_split', stop)
+    monkeypatch.setattr(sources, 'split_groups', stop)
     with pytest.raises(KeyboardInterrupt): kvasir_seg(tmp_path/'d', archive=shelf, **SMALL)
     assert not list(tmp_path.iterdir())
 

@@ -1,16 +1,17 @@
-"Batches: the right files, image and mask moved together, the same ones for the same seed"
-import random
+"Batches: the right files, each decoded once, image and mask moved together, the same ones for the same seed"
+import os, random, warnings
+from collections import Counter
 
 import albumentations as A, numpy as np, pytest, torch
-from conftest import make_discs, save
+from conftest import make_discs, npy_discs, save
 from fastai.torch_core import set_seed
 from PIL import Image
 
 from semisup_seg.core import IGNORE, DatasetError
-from semisup_seg.data.images import load_image, read_codes
 from semisup_seg.data.folder import split_files, unlabeled_files
-from semisup_seg.data.loaders import Augment, ReadResized, check_size, resize_image, seg_dls, standard_augment
-from semisup_seg.training.inference import read_batches, to_tensor
+from semisup_seg.data.images import load_image, load_mask, read_codes
+from semisup_seg.data.loaders import Augment, ImageCache, ReadResized, check_size, resize_image, seg_dls, standard_augment
+from semisup_seg.training.inference import Predictor, forward_probs
 
 def names(dl): return [f.name for f in dl.items]
 
@@ -101,16 +102,15 @@ def test_a_worker_process_reads_the_same(trained_discs):
     a,b = (seg_dls(trained_discs, (32, 32), bs=2, num_workers=n).valid.one_batch() for n in (0, 1))
     assert all((x==y).all() for x,y in zip(a, b))
 
-@pytest.mark.parametrize('size', [128, (32,), (32, 32, 3), (15, 32), (32, 0), (-32, 32), (32.0, 32), ('32', '32'), None, '32'])
-def test_bad_size(trained_discs, size):
-    with pytest.raises(ValueError, match='size is .*expected'): seg_dls(trained_discs, size)
+def test_bad_size_is_an_error(trained_discs):
+    for size in (128, (32,), (32, 32, 3), (15, 32), (32, 0), (-32, 32), (32.0, 32), ('32', '32'), None, '32'):
+        with pytest.raises(ValueError, match='size is .*expected'): print(seg_dls(trained_discs, size))
 
-@pytest.mark.parametrize('size', [[32, 48], (np.int64(32), 48), (16, 16)])
-def test_good_size(size): assert check_size(size)==tuple(map(int, size))
+def test_good_size(): assert [check_size(o) for o in ([32, 48], (np.int64(32), 48), (16, 16))]==[(32, 48), (32, 48), (16, 16)]
 
-@pytest.mark.parametrize('bs', [0, -1, 2.0, '4', None])
-def test_bad_batch_size(trained_discs, bs):
-    with pytest.raises(ValueError, match='bs is'): seg_dls(trained_discs, (32, 32), bs=bs)
+def test_bad_batch_size_is_an_error(trained_discs):
+    for bs in (0, -1, 2.0, '4', None):
+        with pytest.raises(ValueError, match='bs is'): print(seg_dls(trained_discs, (32, 32), bs=bs))
 
 @pytest.mark.parametrize('gone', ['Images/train', 'Images/valid'])
 def test_empty_split(discs, gone):
@@ -126,19 +126,22 @@ def test_missing_labels_folder_is_named(discs):
     (discs/'Labels/valid').rename(discs/'elsewhere')
     with pytest.raises(DatasetError, match='Labels/valid'): seg_dls(discs, (32, 32), bs=2)
 
-@pytest.mark.parametrize('size', [(32, 32), (48, 80), (128, 96)])
 @pytest.mark.parametrize('kind', ['grey', 'colour', 'turned', 'deep'])
-def test_prediction_resizes_as_training_does(discs, size, kind):
+def test_prediction_resizes_as_training_does(discs, kind):
     rng = np.random.default_rng(0)
-    for f,l in split_files(discs, 'valid'):
+    files = [f for f,_ in split_files(discs, 'valid')]
+    for f in files:
         h,w = load_image(f).shape[:2]
         exif = Image.Exif()
         if kind=='turned': exif[0x0112] = 6
         shape = dict(colour=(h, w, 3), turned=(w, h)).get(kind, (h, w))
         save(f, rng.integers(0, 65536 if kind=='deep' else 256, shape).astype(np.uint16 if kind=='deep' else np.uint8), exif=exif)
-    x = seg_dls(discs, size, bs=2, augment=None).valid.one_batch()[0]
-    arrays,_ = next(read_batches([f for f,_ in split_files(discs, 'valid')], size))
-    assert torch.equal(torch.as_tensor(x), to_tensor(arrays))
+    for size in ((32, 32), (48, 80), (128, 96)):
+        seen = []
+        arrays = [Predictor(size).load(f).arrays[0] for f in files]
+        forward_probs(lambda x: seen.append(x) or x, torch.from_numpy(np.stack(arrays)))
+        x = seg_dls(discs, size, bs=2, augment=None).valid.one_batch()[0]
+        assert torch.equal(torch.as_tensor(x), seen[0]), size
 
 def test_masks_shrink_without_new_classes(tmp_path):
     root = make_discs(tmp_path/'d')
@@ -149,28 +152,81 @@ def test_masks_shrink_without_new_classes(tmp_path):
         save(l, m)
     for y in seg_dls(root, (17, 23), bs=2).valid.one_batch()[1]: assert set(y.unique().tolist())<={0, 1, 2}
 
+def test_a_registered_format_makes_batches(npy, trained_discs, tmp_path):
+    for a,b in zip(*(seg_dls(o, (32, 32), bs=2).valid.one_batch() for o in (trained_discs, npy_discs(tmp_path/'npy')))): assert (a==b).all()
+
 def test_resize_takes_height_first(): assert resize_image(np.zeros((9, 9, 3), np.uint8), (20, 30)).shape==(20, 30, 3)
 
-def opened(monkeypatch, dls):
-    "The files that one look at all training images opens"
-    import semisup_seg.data.loaders as data
-    seen = []
-    for f in ('load_image', 'load_mask'):
-        real = getattr(data, f)
-        monkeypatch.setattr(data, f, lambda o, *a, real=real: seen.append(o) or real(o, *a))
-    for _ in dls.train: pass
-    monkeypatch.undo()
-    return seen
+# --- each file is decoded once
 
-def test_the_second_epoch_opens_no_file(monkeypatch, trained_discs):
-    dls = seg_dls(trained_discs, (32, 32), bs=2)
-    first = opened(monkeypatch, dls)
-    assert len(first)==len({*first})>=6 and {*first}<={f for pair in split_files(trained_discs, 'train') for f in pair}
-    assert opened(monkeypatch, dls)==[] and len(opened(monkeypatch, seg_dls(trained_discs, (32, 32), bs=2)))==len(first)
+@pytest.fixture
+def decoded(monkeypatch):
+    "How often each file was decoded"
+    count,real = Counter(), Image.open
+    def _open(f):
+        count[f.name] += 1
+        return real(f)
+    monkeypatch.setattr(Image, 'open', _open)
+    return count
 
-def test_what_is_kept_is_bounded(trained_discs):
-    read = ReadResized((32, 48))
-    assert read.room==2**29//(32*48*4)
-    read.room = 1
-    a,b = [i for i,_ in split_files(trained_discs, 'train')[:2]]
-    assert read(a) is read(a) and read(b) is not read(b) and list(read.cache)==[a]
+def files(root, *splits): return [str(f) for s in splits for pair in split_files(root, s) for f in pair]
+
+def test_epochs_decode_each_file_once(decoded, trained_discs):
+    dls = seg_dls(trained_discs, (32, 32), bs=2, epoch_len=12)
+    for _ in range(2):
+        for dl in dls.loaders: list(dl)
+    assert decoded==Counter(files(trained_discs, 'train', 'valid', 'test'))
+
+def test_a_shared_cache_decodes_each_file_once_for_all(decoded, trained_discs):
+    cache = ImageCache((32, 32))
+    a,b = [[dl.one_batch() for dl in seg_dls(trained_discs, (32, 32), bs=4, augment=None, cache=cache).loaders[1:]] for _ in range(2)]
+    for f in files(trained_discs, 'valid', 'test')[::2]: Predictor((32, 32), cache=cache).load(f)
+    assert all((x==y).all() for p,q in zip(a, b) for x,y in zip(p, q))
+    assert {*decoded}>={*files(trained_discs, 'valid', 'test')} and {*decoded.values()}=={1}
+
+def test_cached_pixels_are_those_of_the_file_at_the_size(trained_discs):
+    (image,label),codes,cache = split_files(trained_discs, 'train')[0], read_codes(trained_discs), ImageCache((32, 48))
+    for _ in range(2):
+        a,size = cache.image(str(image))
+        m = cache.mask(label, codes)
+        assert (a==resize_image(load_image(image), (32, 48))).all() and size==load_image(image).shape[:2]
+        assert (m==np.array(Image.fromarray(load_mask(label, codes)).resize((48, 32), 0))).all() and m.dtype==a.dtype==np.uint8
+    other = parse_other(codes)
+    assert (cache.mask(label, other)==1-m).all() and (cache.mask(label, codes)==m).all()
+
+def parse_other(codes):
+    "The classes of `codes` in another order"
+    return type(codes)(codes.names[::-1], codes.values[::-1])
+
+def test_cached_pixels_cannot_be_spoilt(trained_discs):
+    image,label = split_files(trained_discs, 'train')[0]
+    cache = ImageCache((32, 32))
+    for a in (cache.image(image)[0], cache.mask(label, read_codes(trained_discs))):
+        with pytest.raises(ValueError, match='read-only'): a[0, 0] = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        seg_dls(trained_discs, (32, 32), bs=2, augment=None, cache=cache).one_batch()
+
+def test_the_cache_keeps_no_more_bytes_than_it_may(decoded, trained_discs):
+    pairs,codes = split_files(trained_discs, 'train'), read_codes(trained_discs)
+    image,mask = 32*48*3, 32*48
+    assert ImageCache((32, 48)).room==2**29
+    cache = ImageCache((32, 48), room=image+2*mask)
+    for _ in range(2):
+        for i,l in pairs[:3]: cache.image(i), cache.mask(l, codes)
+    kept = [str(f) for f in (pairs[0][0], pairs[0][1], pairs[1][1])]
+    assert {f for f,n in decoded.items() if n==1}=={*kept} and cache.room==0
+
+def test_a_file_that_was_written_anew_is_read_anew(tmp_path):
+    cache = ImageCache((16, 16))
+    for value in (40, 90):
+        f = save(tmp_path/'a.png', np.full((20, 20), value, np.uint8))
+        os.utime(f, ns=(value, value))
+        assert (cache.image(f)[0]==value).all()
+    f.unlink()
+    with pytest.raises(DatasetError, match='a.png: no such file'): cache.image(f)
+
+def test_a_cache_of_another_size_is_an_error(trained_discs):
+    with pytest.raises(ValueError, match=r'cache is of size \(32, 32\); expected \(32, 48\)'): seg_dls(trained_discs, (32, 48), cache=ImageCache((32, 32)))
+    with pytest.raises(ValueError, match='size is'): ImageCache(32)
+    assert ReadResized([32, 48], cache=ImageCache((32, 48))).codes is None
