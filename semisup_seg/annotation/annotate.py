@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from .batch import annotate_prediction, load_prediction, load_teacher, pending_batches, prepare_vote, vote_on_batch
+from .batch import annotate_prediction, load_prediction, pending_batches, vote_on_batch
+from .vote_setup import load_teacher, prepare_vote
 from .journal import AnnotationJournal, ImageJob, PartialVotes, file_stamp, mask_names
 from .records import Annotations, merge_annotations
 from ..core import DatasetError, atomic, progress
