@@ -232,7 +232,6 @@ def decoded(registry):
     registry['.png'] = read
     return times
 
-<<<<<<< HEAD
 # --- distillation
 
 OPTIONS = dict(size=SIZE, bs=4, epochs=2, freeze_epochs=0, lr=1e-3, pretrained=False)
@@ -250,7 +249,7 @@ def make_experiment(path, out, bases=(), target=NET, views=(), trainings=1, **sc
     run = open_run(out, {}, fingerprint(path), True)
     schedule = dict(epochs=2, freeze_epochs=0, lr=1e-3, **schedule)
     return Experiment(path, out, bases, target, views, size, 4, schedule, 0, False, summary, run, EventLog(out, trainings), ImageCache(size))
-=======
+
 # --- evaluation: made-up scores, a page, and a report with all that it can hold
 
 def score_rows(values): return [dict(image=f'{i}.png', dice=v, jaccard=v/(2-v)) for i,v in enumerate(values)]
@@ -306,4 +305,3 @@ def area_error():
     yield area_error
     metrics.clear()
     metrics.update(before)
->>>>>>> evaluation2
