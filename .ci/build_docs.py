@@ -4,6 +4,7 @@ from base64 import b64decode
 from dataclasses import is_dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 
 from nbdev.config import get_config, nbpath2html
@@ -30,9 +31,14 @@ PACKAGE = 'semisup_seg'
 class ApiSection(BasicMarkdownRenderer):
     "The section of a public object: its signature with the comments of the parameters, its docstring, a link to its source"
     def __init__(self, sym, name):
+        self.is_property = isinstance(sym, property)
         use_dataclass_comments(sym)
         super().__init__(sym, name=name)
-        if inspect.isclass(sym) and not is_dataclass(sym): self.dm.dm = constructor_docments(sym)
+        described = [self.sym]
+        if inspect.isclass(sym) and not is_dataclass(sym): described = own_constructors(sym)
+        params = docments(described[0], full=True, args_kwargs=True) if described else {}
+        hidden = ('self', 'cls', 'return') if inspect.isclass(sym) else ('self', )
+        self.dm.dm = {k: v for k,v in params.items() if k not in hidden}
 
     def source(self):
         "The address of the code, down to the line"
@@ -42,7 +48,8 @@ class ApiSection(BasicMarkdownRenderer):
     def signature(self):
         "The signature; types are named without their modules"
         lines = [l.partition(' # ') for l in str(self.dm).splitlines()]
-        return '\n'.join(QUALIFIED.sub('', code) + mark + comment for code,mark,comment in lines)
+        text = '\n'.join(QUALIFIED.sub('', code) + mark + comment for code,mark,comment in lines)
+        return f'@property\n{text}' if self.is_property else text
 
     def _repr_markdown_(self):
         link = f'[source]({self.source()}){{target="_blank" style="float:right; font-size:smaller"}}'
@@ -50,11 +57,9 @@ class ApiSection(BasicMarkdownRenderer):
         if self.docs: parts.append(f'*{self.docs.strip()}*')
         return '\n\n'.join(parts)
 
-def constructor_docments(cls):
-    "The docments of the constructor of `cls`; none if it is inherited from another library, as fastai's callbacks inherit it"
-    own = [f for f in (cls.__init__, cls.__new__) if str(getattr(f, '__module__', '')).startswith(PACKAGE)]
-    params = docments(own[0], full=True) if own else {}
-    return {k: v for k,v in params.items() if k not in ('self', 'cls', 'return')}
+def own_constructors(cls):
+    "The constructor of `cls`, unless it is inherited from another library, as fastai's callbacks inherit it"
+    return [f for f in (cls.__init__, cls.__new__) if str(getattr(f, '__module__', '')).startswith(PACKAGE)]
 
 def use_dataclass_comments(f):
     "Where `f` delegates to a dataclass, whose `__init__` has no source, let it delegate to the class itself, which has"
@@ -68,13 +73,16 @@ class ShowDocs(Processor):
     def begin(self):
         names = [c.directives_['default_exp'] for c in self.nb.cells if 'default_exp' in c.get('directives_', ())]
         self.names = vars(import_module(f'{PACKAGE}.{names[0]}')) if names else {}
+        groups = [list(g) for _,g in groupby(self.nb.cells, lambda c: bool(c.get('has_sd')))]
+        self.nb.cells = [c for g in groups for c in (g[::-1] if g[0].get('has_sd') else g)]  # nbdev has them last to first
 
     def cell(self, cell):
         call = re.search(r'^show_doc\(([\w.]+)\)', cell.source, re.M)
         if cell.cell_type!='code' or not call: return
         sym = eval(call[1], self.names)
         private = call[1].split('.')[-1].startswith('_')
-        if private or not getattr(sym, '__module__', '').startswith(PACKAGE):  # such as a function that fastai dispatches
+        home = getattr(sym.fget if isinstance(sym, property) else sym, '__module__', '')
+        if private or not home.startswith(PACKAGE):  # such as a function that fastai dispatches
             del cell['source']
             return
         with warnings.catch_warnings():

@@ -34,7 +34,7 @@ def _menu(kind, label, value, about, **kw):
     options = [(f'{name}: {text}', name) for name,text in about.items()]
     return _field(kind, label, value, options=options, **kw)
 
-# %% ../../nbs/62_app.form.ipynb #f3b09a3d
+# %% ../../nbs/62_app.form.ipynb #a955fcbf
 NUMBERS = dict(  # chkstyle: ignore-node
     each=('Teachers per network', 1, 5), size=('Side, pixels', 32, 2048), bs=('Images per batch', 2, 512),
     epochs=('Epochs', 1, 1000), freeze_epochs=('Epochs before, frozen', 0, 100), seed=('Seed', 0, 2**31-1))
@@ -77,7 +77,7 @@ def menu_fields(
     fields['recipe'] = _menu(Dropdown, 'Recipe', recipe, RECIPES)
     return fields
 
-# %% ../../nbs/62_app.form.ipynb #982fb3e7
+# %% ../../nbs/62_app.form.ipynb #78cdb6eb
 def plan_fields(
     plan:Plan, # What the fields hold at first
 )->dict:       # `{name of a field of the plan: widget}`, in the order of the form
@@ -111,7 +111,7 @@ class RunForm(VBox):
         for w in self.fields.values(): w.observe(lambda _: self.update(), 'value')
         self.update()
 
-# %% ../../nbs/62_app.form.ipynb #23f126d2
+# %% ../../nbs/62_app.form.ipynb #709a33f7
 @patch(as_prop=True)
 def plan(self:RunForm)->Plan:
     "What the fields hold"
@@ -127,7 +127,7 @@ def update(self:RunForm):
     try: self.command.value = self.plan._repr_html_()
     except ValueError as e: self.command.value = html.escape(str(e))
 
-# %% ../../nbs/62_app.form.ipynb #b3307fd6
+# %% ../../nbs/62_app.form.ipynb #ad7c8fd2
 @patch
 def _try(self:RunForm, f):
     "Call `f`; show a user's mistake as an answer"
@@ -155,7 +155,7 @@ def _start(self:RunForm):
     self.thread = threading.Thread(target=self._follow, args=[job], daemon=True)
     self.thread.start()
 
-# %% ../../nbs/62_app.form.ipynb #fae409ac
+# %% ../../nbs/62_app.form.ipynb #afebb5f6
 @patch
 def _follow(self:RunForm, job):
     "Show how far `job` has come until it ends, then its report or why there is none"
