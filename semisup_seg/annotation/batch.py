@@ -36,6 +36,7 @@ class Prediction:
     entropies:list=field(default_factory=list) # Mean entropy per array, 0–1
     voter_scores:list=field(default_factory=list) # Per teacher, `{view name: score_mask(…)}`
 
+# %% ../../nbs/37_annotation.batch.ipynb #1b79b934
 def read_truth(
     label:str|Path, # The label file
     codes,          # The classes
@@ -47,6 +48,7 @@ def read_truth(
     (h,w),(ih,iw) = truth.shape, size
     raise DatasetError(f'{label}: has {w}×{h} pixels, its image {iw}×{ih}')
 
+# %% ../../nbs/37_annotation.batch.ipynb #8225895c
 def load_prediction(
     job:ImageJob,        # The image to read
     predictor:Predictor, # Brings it to the size of the networks
@@ -63,6 +65,7 @@ def _scored(p, view):
     "Whether voters are scored on `p` under `view`: views only on validation images, and nothing on windows"
     return p.truth is not None and p.image.corners is None and not (view and p.job.write)
 
+# %% ../../nbs/37_annotation.batch.ipynb #4f34cab5
 def add_votes(
     votes:VoteAccumulator, # Filled
     owners:list,           # The `Prediction` that each array belongs to
@@ -99,12 +102,13 @@ def conclude_votes(
         p.counts.append(counts[:, :, i])
     for p,e in zip(owners, entropy(probs).tolist()): p.entropies.append(e)
 
+# %% ../../nbs/37_annotation.batch.ipynb #45077fea
 def vote_on_batch(
     predictions:list,    # `Prediction`s
     teachers:list,       # `(network, weight)` of those that vote now
     setup:VoteSetup,     # Views, rule and batch size
     predictor:Predictor, # Runs the networks
-    waiting=None,        # `(PartialVotes, name of the batch, index of the teacher)` where teachers vote one after another
+    waiting=None,        # `(PartialVotes, name of the batch, index of the teacher)` where they vote one after another
 ):
     "Let `teachers` vote on all arrays of `predictions`, a batch at a time; the last teacher concludes"
     readable = [p for p in predictions if not p.error]
@@ -118,6 +122,7 @@ def vote_on_batch(
             add_votes(votes, owners[part], arrays[part], teachers, setup, predictor)
             conclude_votes(votes, owners[part])
 
+# %% ../../nbs/37_annotation.batch.ipynb #f6813857
 def _vote_in_turn(owners, arrays, teachers, setup, predictor, i, partial, batch, k):
     "Add the votes of teacher `k` to those that wait on disk"
     name,last = f'{batch}-{i}', k==len(setup.teachers)-1
@@ -130,7 +135,7 @@ def _vote_in_turn(owners, arrays, teachers, setup, predictor, i, partial, batch,
     if last: conclude_votes(votes, owners)
     else: partial.save(name, k, votes, [p.voter_scores for p in owners])
 
-# %% ../../nbs/37_annotation.batch.ipynb #4a92db88
+# %% ../../nbs/37_annotation.batch.ipynb #fd06b1bf
 def pending_batches(
     jobs:list, # `ImageJob`s
     bs:int,    # Images per batch
@@ -148,8 +153,9 @@ class AnnotatedImage:
     record:AnnotationRecord    # Its measures; `error` says why there is no mask
     mask:np.ndarray=None       # Class indices, uint8 `(h, w)`, at the size of the image
     confidence:np.ndarray=None # Probability of the winning class, float32 `(h, w)`
-    soft:np.ndarray=None       # Class probabilities as 0–255, uint8 `(c, h, w)`, at the size of the networks
+    soft:np.ndarray=None       # Class probabilities as 0–255, uint8 `(c, h, w)`, at the size of the networks (windows: of the image)
 
+# %% ../../nbs/37_annotation.batch.ipynb #1660e6a0
 def _measure(record, p, confidence):
     agree = agreement(torch.stack(p.counts).sum(0).unsqueeze(2))
     record.confidence = round(float(confidence.mean()), 5)
@@ -162,6 +168,7 @@ def _score(record, p, mask, names):
     dice = record.scores['dice']
     record.dice = None if np.isnan(dice) else round(dice, 5)
 
+# %% ../../nbs/37_annotation.batch.ipynb #f201ad5b
 def _soft_bytes(p, predictor):
     maps = p.probs[0].numpy() if p.image.corners is None else predictor.class_maps(p.probs, p.image)
     return np.stack([np.uint8(m*255+0.5) for m in maps])

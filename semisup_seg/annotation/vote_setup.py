@@ -65,16 +65,17 @@ def _check_classes(facts):
     first = facts[0]
     for f in facts:
         if f['codes'] is None: raise ValueError(f'{f["name"]} has no classes yet: train it with seg_learner first')
-    for f in facts:
+    for f in facts[1:]:
         if f['codes']==first['codes']: continue
-        names = [o['codes'].names for o in (f, first)]
-        raise ValueError(f'teachers: {f["name"]} knows the classes {names[0]}, {first["name"]} knows {names[1]}; they must be the same')
+        known = [f'{o["name"]} knows the classes {o["codes"].names}' for o in (f, first)]
+        raise ValueError(f'teachers: {known[0]}, {known[1]}; they must be the same')
 
 def _check_sizes(facts, size, views):
     smallest = min(map(min, [size, *(view_size(v, size) for v in views)]))
     for f in facts:
         if smallest>=f['min_size']: continue
-        raise ValueError(f'size is {size}, {smallest} pixels at the smallest view; {f["name"]} needs at least {f["min_size"]} pixels a side')
+        need = f'{f["name"]} needs at least {f["min_size"]} pixels a side'
+        raise ValueError(f'size is {size}, {smallest} pixels at the smallest view; {need}')
 
 # %% ../../nbs/38_annotation.vote_setup.ipynb #0ef8e128
 def _check_weights(weights, n):
@@ -87,7 +88,7 @@ def _check_weights(weights, n):
 def prepare_vote(
     teachers,         # A network, a `Learner` or the file of a model; or a list of them
     views=(),         # Names from `views`, besides the image itself
-    size:tuple=None,  # `(height, width)` at which networks see an image, pixels; that of the first teacher's training if None
+    size:tuple=None,  # `(height, width)` at which networks see an image, pixels; None: as the first teacher's training
     bs:int=8,         # Images per batch
     vote:str='mean',  # One of `vote_rules`
     weights:list=None, # How much each teacher counts; all the same if None
