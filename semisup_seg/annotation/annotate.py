@@ -14,10 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+<<<<<<< HEAD
 from .batch import annotate_prediction, load_prediction, vote_on_batch
 from .vote_setup import prepare_vote
 from .journal import AnnotationJournal, ImageJob, PartialVotes, file_stamp, mask_names, pending_batches
+=======
+from .batch import annotate_prediction, load_prediction, pending_batches, vote_on_batch
+from .journal import AnnotationJournal, ImageJob, PartialVotes, file_stamp, mask_names
+>>>>>>> tests_a
 from .records import Annotations, merge_annotations
+from .vote_setup import load_teacher, prepare_vote
 from ..core import DatasetError, atomic, progress
 from ..data.folder import image_files
 from ..training.inference import Predictor, prefetch, unwrap_model

@@ -35,6 +35,21 @@ class Prediction:
     entropies:list=field(default_factory=list) # Mean entropy per array, 0–1
     voter_scores:list=field(default_factory=list) # Per teacher, `{view name: score_mask(…)}`
 
+<<<<<<< HEAD
+=======
+# %% ../../nbs/37_annotation.batch.ipynb #1b79b934
+def read_truth(
+    label:str|Path, # The label file
+    codes,          # The classes
+    size:tuple,     # `(height, width)` of its image, pixels
+)->np.ndarray:      # Class indices, uint8 `(h, w)`
+    "Read a label; a `DatasetError` if its size is not that of its image"
+    truth = load_mask(label, codes)
+    if truth.shape==size: return truth
+    (h,w),(ih,iw) = truth.shape, size
+    raise DatasetError(f'{label}: has {w}×{h} pixels, its image {iw}×{ih}')
+
+>>>>>>> tests_a
 # %% ../../nbs/37_annotation.batch.ipynb #8225895c
 def load_prediction(
     job:ImageJob,        # The image to read
@@ -122,6 +137,19 @@ def _vote_in_turn(owners, arrays, teachers, setup, predictor, i, partial, batch,
     if last: conclude_votes(votes, owners)
     else: partial.save(name, k, votes, [p.voter_scores for p in owners])
 
+<<<<<<< HEAD
+=======
+# %% ../../nbs/37_annotation.batch.ipynb #fd06b1bf
+def pending_batches(
+    jobs:list, # `ImageJob`s
+    bs:int,    # Images per batch
+    done=(),   # Keys of finished jobs
+)->list:       # `(number, jobs)`
+    "The batches of `jobs` that hold an unfinished one"
+    batches = [(i, jobs[i:i+bs]) for i in range(0, len(jobs), bs)]
+    return [(i, b) for i,b in batches if any(j.key not in done for j in b)]
+
+>>>>>>> tests_a
 # %% ../../nbs/37_annotation.batch.ipynb #3c889702
 @dataclass
 class AnnotatedImage:

@@ -68,7 +68,8 @@ def _check_sizes(facts, size, views):
     smallest = min(map(min, [size, *(view_size(v, size) for v in views)]))
     for f in facts:
         if smallest>=f['min_size']: continue
-        raise ValueError(f'size is {size}, {smallest} pixels at the smallest view; {f["name"]} needs at least {f["min_size"]} pixels a side')
+        need = f'{f["name"]} needs at least {f["min_size"]} pixels a side'
+        raise ValueError(f'size is {size}, {smallest} pixels at the smallest view; {need}')
 
 # %% ../../nbs/38_annotation.vote_setup.ipynb #2c35007b
 def _check_weights(weights, n):
