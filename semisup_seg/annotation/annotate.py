@@ -14,19 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-<<<<<<< HEAD
-from .batch import annotate_prediction, load_prediction, vote_on_batch
-from .vote_setup import prepare_vote
-from .journal import AnnotationJournal, ImageJob, PartialVotes, file_stamp, mask_names, pending_batches
-=======
 from .batch import annotate_prediction, load_prediction, pending_batches, vote_on_batch
 from .journal import AnnotationJournal, ImageJob, PartialVotes, file_stamp, mask_names
->>>>>>> tests_a
 from .records import Annotations, merge_annotations
 from .vote_setup import load_teacher, prepare_vote
 from ..core import DatasetError, atomic, progress
 from ..data.folder import image_files
-from ..training.inference import Predictor, prefetch, unwrap_model
+from ..training.inference import Predictor, prefetch
 
 import numpy as np
 from PIL import Image
@@ -68,7 +62,7 @@ def predict_batches(
     teachers = list(zip(setup.teachers, setup.weights))
     groups = [[t] for t in teachers] if partial else [teachers]
     for k,group in enumerate(groups):
-        voters = [(unwrap_model(t).eval(), w) for t,w in group]
+        voters = [(load_teacher(t), w) for t,w in group]
         loaded = ((i, [load_prediction(j, predictor, setup.codes) for j in jobs]) for i,jobs in batches)
         for i,predictions in prefetch(loaded):
             vote_on_batch(predictions, voters, setup, predictor, (partial, i, k) if partial else None)
