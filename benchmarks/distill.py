@@ -102,7 +102,7 @@ class Bench:
         self.key,deal = (f'{name}, spread', spread) if o.spread else (name, splits)
         self.path,self.whole = (lay_out(o.data/name, o.work/f'{self.key}-{n}', n, o.splits, deal) for n in (labels, None))
         self.every = len(split_files(self.whole, 'train'))//o.bs  # steps an epoch in every arm: one pass over all images
-        self.epochs = round(o.steps/self.every)
+        self.epochs = max(1, round(o.steps/self.every))
         self.out = o.work/f'{self.key}-{labels}-{network}-{o.size}-{o.bs}-{self.epochs*self.every}'
 
     def others(self, arm):

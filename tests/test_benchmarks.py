@@ -82,6 +82,16 @@ def test_page_shows_the_figures_of_the_annotation():
     for r in FOUND['memory']: assert f"| {r['case']} | {r['mb']:.0f} MB |" in shown
     for r in FOUND['doubt']: assert f"| {r['set']} | {r['images']} | {r['dice']:.3f} | {r['agreement']:+.2f} |" in shown
 
+def prose(page):
+    cells = json.loads((ROOT/f'nbs/benchmarks/{page}.ipynb').read_text(encoding='utf-8'))['cells']
+    return '\n'.join(''.join(c['source']) for c in cells if c['cell_type']=='markdown')
+
+def test_prose_tells_the_errors_of_the_prediction():
+    errors = [r['error'] for r in FOUND['doubt']]
+    less = [1-r['error']/r['error_of_mean'] for r in FOUND['doubt']]
+    assert f'a mean error of {min(errors):.2f} to {max(errors):.2f}' in prose('annotate')
+    assert 0.18<min(less)<0.25 and max(less)>1/3 and 'a fifth to more than a third less' in prose('annotate')
+
 @pytest.fixture(scope='module')
 def three_sets(tmp_path_factory):
     "Tiny sets in the layout of the benchmark's data, two images in each group; two of the sets are too small to train on"
@@ -278,6 +288,13 @@ def test_every_setting_has_three_seeds(splits):
     for (n,labels,net,long),arms in wanted_rows(splits.SETS).items():
         for arm in arms: assert sorted(r['seed'] for r in rows_of(n, labels, net, arm, long))==['0', '1', '2'], (n, labels, net, arm, long)
         assert len({(r['size'], r['bs'], r['steps']) for arm in arms for r in rows_of(n, labels, net, arm, long)})==1
+
+def test_prose_compares_shares_of_pseudo_labels_by_development_images():
+    def development(arm, name):
+        row = next(r for r in rows_of(name, '60', 'U-Net', arm, False) if r['seed']=='0')
+        return f"{(20*float(row['valid'])+60*float(row['dev']))/80:.3f}"
+    quarter,half = ([development(arm, n) for n in ('busi_320', 'covid_ct_256')] for arm in ('mix a quarter, EMA, seen', 'data'))
+    assert f'{quarter[0]} and {quarter[1]} on the development images compared with {half[0]} and {half[1]}' in prose('distill')
 
 def test_page_shows_every_setting(splits):
     page = json.loads((ROOT/'nbs/benchmarks/distill.ipynb').read_text(encoding='utf-8'))

@@ -84,6 +84,7 @@ def _score_rows(self:Comparison, metric):
         rows.append(row)
     return rows
 
+# %% ../../nbs/42_evaluation.compare.ipynb #a7c1e0e0
 @patch(as_prop=True)
 def tables(self:Comparison):
     "Tables of the scores, then of how the runs were made"
@@ -101,6 +102,7 @@ def _count_images(settings):
     counts = settings['images']
     return f'{counts.get("train", 0)} labelled and {counts.get("unlabeled", 0)} unlabelled'
 
+# %% ../../nbs/42_evaluation.compare.ipynb #a7c1e0e4
 @patch
 def notes(self:Comparison):
     "Sentences that a reader of the tables must know"
@@ -137,6 +139,7 @@ def _differences(a, b, key):
     if None not in data and data[0]!=data[1]: res.append(f'the data ({data[0]} and {data[1]})')
     return res
 
+# %% ../../nbs/42_evaluation.compare.ipynb #a7c1e0e2
 def compare_runs(
     *outs:str|Path, # Folders of finished runs, two or more; each is compared with the first
 )->Comparison:

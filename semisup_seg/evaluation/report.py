@@ -18,9 +18,9 @@ from ..core import atomic, lookup
 from ..data.images import load_mask
 from ..display import img_tag, Displayable, Table
 from .page import curves, draw_annotations, draw_cases, render_page, select_cases, summarize_annotations
-from .page import time_table, total_seconds
-from .scores import bootstrap_interval, describe_gain, evaluation_files, format_interval, read_masks
-from .scores import score_masks
+from .page import time_table
+from .scores import bootstrap_interval, describe_difference, describe_gain, describe_mean
+from .scores import evaluation_files, format_interval, read_masks, score_masks
 from ..training.inference import unwrap_model, predict
 from ..training.metrics import metrics
 
@@ -82,30 +82,15 @@ def difference(self:Report, measure):
     "Mean of `gains` and its 95 % bootstrap interval"
     return bootstrap_interval(self.gains(measure))
 
-# %% ../../nbs/41_evaluation.report.ipynb #e41b0007
+# %% ../../nbs/41_evaluation.report.ipynb #e41b0034
 NO_TEST_SET = 'There is no test set: the validation set chose the model and judges it here, so that scores come out too good.'
 
-def _describe_mean(values):
-    n = np.sum(~np.isnan(values))
-    if n==0: return 'No image could be scored: there is no mask, or neither label nor mask contains a class besides the background.'
-    return f'Mean Dice {np.nanmean(values):.3f} on {n} images.'
-
-def _describe_difference(gains, against):
-    n = np.sum(~np.isnan(gains))
-    mean,low,high = bootstrap_interval(gains)
-    start = f'Gain over {against} in mean Dice {mean:+.3f}'
-    if n==1: return f'{start} on one image: too few to say anything.'
-    result = describe_gain(gains)
-    text = f'{result}, the interval includes zero' if result=='no gain shown' else f'the student is {result}'
-    return f'{start}, 95 % interval {low:+.3f} to {high:+.3f} over {n} images: {text}.'
-
-# %% ../../nbs/41_evaluation.report.ipynb #e41b0034
 @patch
 def verdict(self:Report):
     "One sentence: the gain in mean Dice, or the mean Dice if there is no comparison"
     values = self.gains('dice') if self.against else self.values(self.student, 'dice')
     has_gain = self.against and not np.isnan(values).all()
-    text = _describe_difference(values, self.against) if has_gain else _describe_mean(values)
+    text = describe_difference(values, self.against) if has_gain else describe_mean(values)
     return text if self.split=='test' else f'{NO_TEST_SET} {text}'
 
 # %% ../../nbs/41_evaluation.report.ipynb #e74fd933
@@ -152,6 +137,7 @@ def _row_title(self:Report, name):
     n = self._count(name, 'dice')
     return f'{name} ({n} images)' if n<self._count(self.student, 'dice') else name
 
+# %% ../../nbs/41_evaluation.report.ipynb #e41b0045
 @patch
 def _table(self:Report, class_name, measures):
     "Table of the columns `measures`, one for each metric"
@@ -198,6 +184,11 @@ def _sections(report, cases, histories, ann, codes):
     return sections
 
 # %% ../../nbs/41_evaluation.report.ipynb #e41b0022
+def _predict(model, pairs, indices, bs):
+    "`{index: mask}` of the images `indices` of `pairs`"
+    files = [pairs[i][0] for i in indices]
+    return dict(zip(indices, predict(model, files, bs=bs)))
+
 def make_report(
     target,                # The student: trained model or `Learner`
     path:str|Path,         # The data set folder
@@ -215,13 +206,9 @@ def make_report(
     split,pairs = evaluation_files(path)
     codes = unwrap_model(target).codes
     if 'target' in (others or {}): raise ValueError("others: the name 'target' is reserved for the student")
-    def _predict(indices):
-        files = [pairs[i][0] for i in indices]
-        return dict(zip(indices, predict(target, files, bs=bs)))
-
     if isinstance(masks, (list, tuple)): masks = dict(enumerate(masks))
     if scores is None:
-        masks = masks or _predict(range(len(pairs)))
+        masks = masks or _predict(target, pairs, range(len(pairs)), bs)
         scores = score_masks(map(masks.get, range(len(pairs))), pairs, codes)
     rows = dict(others or {})
     images = [image for image,_ in pairs]
@@ -229,7 +216,7 @@ def make_report(
     report = Report(split, dict(rows, target=scores), against, settings)
     if annotations: report.pseudo = summarize_annotations(annotations)
     cases = select_cases(report.values('target', 'dice'))
-    if masks is None: masks = _predict([i for _,i in cases])
+    if masks is None: masks = _predict(target, pairs, [i for _,i in cases], bs)
     drawn = _render_cases(report, cases, pairs, codes, masks, vote)
     report.page = render_page(report.verdict(), report.tables(), _sections(report, drawn, histories, annotations, codes))
     return report

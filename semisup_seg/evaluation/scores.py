@@ -6,7 +6,7 @@ Docs: https://semisup-seg.github.io/semisup_seg/evaluation.scores.html.md"""
 
 # %% auto #0
 __all__ = ['evaluation_files', 'score_masks', 'read_masks', 'score_images', 'bootstrap_interval', 'format_interval',
-           'describe_gain']
+           'describe_gain', 'describe_mean', 'describe_difference']
 
 # %% ../../nbs/40_evaluation.scores.ipynb #01520627
 import math
@@ -105,3 +105,25 @@ def describe_gain(
     _,low,high = bootstrap_interval(gains)
     if low<=0<=high: return 'no gain shown'
     return 'better' if (low>0)==higher_is_better else 'worse'
+
+# %% ../../nbs/40_evaluation.scores.ipynb #e41b0049
+def describe_mean(
+    values, # Dice scores, one per image; nan is left out
+)->str:     # A sentence
+    "Tell the mean Dice and the number of images"
+    n = np.sum(~np.isnan(values))
+    if n==0: return 'No image could be scored: there is no mask, or neither label nor mask contains a class besides the background.'
+    return f'Mean Dice {np.nanmean(values):.3f} on {n} images.'
+
+def describe_difference(
+    gains,       # Differences of Dice scores, one per image, not all nan
+    against:str, # Name of the scores that were subtracted
+)->str:          # A sentence
+    "Tell the mean gain, its interval and what it shows"
+    n = np.sum(~np.isnan(gains))
+    mean,low,high = bootstrap_interval(gains)
+    start = f'Gain over {against} in mean Dice {mean:+.3f}'
+    if n==1: return f'{start} on one image: too few to say anything.'
+    result = describe_gain(gains)
+    text = f'{result}, the interval includes zero' if result=='no gain shown' else f'the student is {result}'
+    return f'{start}, 95 % interval {low:+.3f} to {high:+.3f} over {n} images: {text}.'
