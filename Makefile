@@ -51,6 +51,7 @@ docs: .venv/dev ## Build the website into _docs
 readme: .venv/dev ## Write README.md from nbs/index.ipynb
 	$(BIN)/python .ci/build_docs.py readme
 
+outputs: export PYTHONWARNINGS = ignore
 outputs: .venv/dev ## Run every notebook and keep its outputs for the website
 	$(BIN)/nbdev-test --n-workers 0 --save
 	$(BIN)/nbdev-clean

@@ -22,6 +22,8 @@ from fastcore.xtras import dict2obj
 root = Path(__file__).resolve().parent.parent
 NUMBERED = re.compile(r'((?:\]\(|- |href: )(?:[\w.-]+/)*)\d+[a-zA-Z0-9]*_([\w.-]+\.ipynb)')
 LINK = re.compile(r'(!?)\[((?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*)\]\(([^)\s]+)((?:\s+"[^"]*")?)\)(\{[^}\n]*\})?')
+SYMBOL_LINK = re.compile(r'\[(`[^`\n]+`)\]\([^)\n]*\)')
+LINK_TEXT = re.compile(rf'\[((?:[^\[\]\n]|{SYMBOL_LINK.pattern})+)\]\(')
 HEADING = re.compile(r'^#+ +(.+)', re.M)
 QUALIFIED = re.compile(r'\b(?:\w+\.)+(?=[A-Z])|<built-in function (?=callable>)|(?<=callable)>')
 FENCE = re.compile(r'(^```.*?^```[^\n]*\n?)', re.M|re.S)
@@ -80,10 +82,13 @@ class ShowDocs(Processor):
         call = re.search(r'^show_doc\(([\w.]+)\)', cell.source, re.M)
         if cell.cell_type!='code' or not call: return
         sym = eval(call[1], self.names)
-        private = call[1].split('.')[-1].startswith('_')
-        home = getattr(sym.fget if isinstance(sym, property) else sym, '__module__', '')
-        if private or not home.startswith(PACKAGE):  # such as a function that fastai dispatches
+        if call[1].split('.')[-1].startswith('_'):
             del cell['source']
+            return
+        home = getattr(sym.fget if isinstance(sym, property) else sym, '__module__', '')
+        if not home.startswith(PACKAGE):  # such as a function that fastai dispatches: links to it end here
+            cell.cell_type = 'markdown'
+            cell.source = f'<span id="{call[1]}"></span>'
             return
         with warnings.catch_warnings():
             warnings.simplefilter('error')
@@ -107,7 +112,8 @@ def use_processors():
     FilterDefaults.xtra_procs = lambda self: [AltTexts]
 
 def local_links(text, depth):
-    "Make the links to the published site in `text` relative, for a page `depth` folders down"
+    "Make the links to the published site in `text` relative, for a page `depth` folders down, and unpack links in links"
+    text = LINK_TEXT.sub(lambda m: '[' + SYMBOL_LINK.sub(r'\1', m[1]) + '](', text)
     return re.sub(re.escape(get_config().doc_url) + r'(?=[\w./-]+\.(?:html|svg|jpg))', '../'*depth, text)
 
 def unnumber(pages):
