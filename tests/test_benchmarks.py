@@ -242,7 +242,9 @@ def test_all_teachers_vote_whatever_seeds_are_asked_for(distill, tmp_path, monke
     three = ['supervised-0', 'supervised-1', 'supervised-2']
     assert [bench.pseudo(arm, 1, distill.Recipe()) for arm in ('data', 'model', 'both')]==[(three[1:2], ['H Flip']), (three, []), (three, ['H Flip'])]
     seen = [f'supervised, seen-{s}' for s in range(3)]
-    assert [bench.pseudo(arm, 1, distill.Recipe(augment=distill.ViewAugment())) for arm in ('data', 'model', 'both')]==[(seen[1:2], distill.GEOMETRIC_VIEWS), (seen, []), (seen, distill.GEOMETRIC_VIEWS)]
+    recipe = distill.Recipe(augment=distill.ViewAugment())
+    asked = [bench.pseudo(arm, 1, recipe) for arm in ('data', 'model', 'both')]
+    assert asked==[(seen[1:2], distill.GEOMETRIC_VIEWS), (seen, []), (seen, distill.GEOMETRIC_VIEWS)]
 
 def test_labels_to_add_are_measured(small_net, call, tiny_args, tmp_path):
     def go(*args): return call('suggest', *tiny_args, '--steps', 3, '--out', tmp_path/'s.csv', *args)

@@ -42,8 +42,9 @@ def test_page_shows_everything(full_report):
 def test_page_tells_the_quality_to_expect(full_report):
     rep,facts = full_report.report, full_report.report.pseudo
     ann = read_annotations(full_report.out)
-    assert facts==dict(images=5, used=5, confidence=pytest.approx(np.mean([r.confidence for r in ann.rows])), agreement=pytest.approx(np.mean([r.agreement for r in ann.rows])),
-        predicted_dice=pytest.approx(np.mean([r.predicted_dice for r in ann.rows])), checked=2, checked_dice=pytest.approx(np.mean([r.dice for r in ann.checked])))
+    def mean(measure, records): return pytest.approx(np.mean([getattr(r, measure) for r in records]))
+    means = {k: mean(k, ann.rows) for k in ('confidence', 'agreement', 'predicted_dice')}
+    assert facts==dict(images=5, used=5, checked=2, checked_dice=mean('dice', ann.checked), **means)
     assert f'Predicted mean Dice of the 5 pseudo-labels {facts["predicted_dice"]:.2f} (from 2 validation images, whose mean is {facts["checked_dice"]:.2f})' in rep.page
 
 def test_no_prediction_no_sentence(full_report, trained_discs, tiny):

@@ -172,7 +172,8 @@ def test_report_comes_back(full_report):
 def test_a_result_shows_its_report_and_where_it_lies(full_report):
     from semisup_seg.distillation.distill import Result
     res = Result(None, full_report.report, None, full_report.out)
-    for shown in (str(res), res._repr_markdown_(), html.unescape(res._repr_html_())): assert full_report.report.verdict() in shown and str(full_report.out/'report.html') in shown
+    verdict,page = full_report.report.verdict(), str(full_report.out/'report.html')
+    for shown in (str(res), res._repr_markdown_(), html.unescape(res._repr_html_())): assert verdict in shown and page in shown
     assert full_report.report._repr_html_() in res._repr_html_() and '<i>' not in res._repr_html_() and 'teacher 1 &lt;i&gt;' in res._repr_html_()
 
 # --- the vote

@@ -26,7 +26,8 @@ def test_interval_covers_the_truth_19_times_in_20():
     assert 0.90<=np.mean(hits)<=0.99
 
 def test_interval_leaves_nan_out():
-    assert bootstrap_interval([0.2, nan, 0.4])==bootstrap_interval([0.2, 0.4]) and np.isnan(bootstrap_interval([nan, nan])).all() and np.isnan(bootstrap_interval([])).all()
+    assert bootstrap_interval([0.2, nan, 0.4])==bootstrap_interval([0.2, 0.4])
+    assert np.isnan(bootstrap_interval([nan, nan])).all() and np.isnan(bootstrap_interval([])).all()
 
 def test_scores_per_image(trained_discs, tiny):
     pairs = split_files(trained_discs, 'test')

@@ -188,6 +188,7 @@ def annotate(self:Experiment,
     self.run.finish(stage, images=len(ann), seconds=round(time.time()-start, 1), **_voter_facts(ann, len(voters)))
     return ann, self.run.done(stage)
 
+# %% ../../nbs/52_distillation.experiment.ipynb #0ca6da3a
 def _voter_facts(ann, n):
     "What the records of labelled images say of the voters: means on validation images, scores on annotated ones"
     facts = {}
