@@ -27,7 +27,7 @@ def dataDistillation(
     target = targetModel, targetBackbone
     return data_distillation(base, target, transforms, path, outputPath, bs=bs, size=size)
 
-# %% ../nbs/70_compat.ipynb #9659c06f
+# %% ../nbs/70_compat.ipynb #6ab6ad3e
 def _pairs(models, backbones):
     "`(architecture, backbone)` of each teacher; a `ValueError` if the lists do not match"
     lists = isinstance(models, (list, tuple)) and isinstance(backbones, (list, tuple))

@@ -2,6 +2,7 @@
 import hashlib, multiprocessing, os, re, shutil, signal, stat, subprocess, sys, threading, zipfile
 from collections import Counter
 from contextlib import contextmanager, redirect_stdout
+from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from itertools import repeat
@@ -359,3 +360,59 @@ def ends_epoch(stage, epoch, calls):
     "Whether the last of these calls of `EventLog.emit` tells of the end of an epoch, from 1 on, of `stage`"
     args,kwargs = calls[-1]
     return args==('epoch', stage) and kwargs['epoch']==epoch
+
+# --- evaluation: made-up scores, a page, and a report with all that it can hold
+
+def score_rows(values): return [dict(image=f'{i}.png', dice=v, jaccard=v/(2-v)) for i,v in enumerate(values)]
+
+class Page(HTMLParser):
+    "What an HTML page refers to, its tags and its text"
+    def __init__(self, text):
+        super().__init__()
+        self.refs = []
+        self.tags = []
+        self.text = ''
+        self.feed(text)
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.refs += [v for k,v in attrs if k in ('src', 'href', 'srcset', 'data', 'action', 'poster')]
+    def handle_data(self, data): self.text += data
+
+HISTORY = [dict(stage='all', train_loss=1., valid_loss=1.1, dice=0.5, jaccard=0.4)]*3
+
+@pytest.fixture(scope='session')
+def full_report(tmp_path_factory):
+    "A report with all that it can hold, of data with a file name that is code"
+    from semisup_seg.annotation.annotate import annotate
+    from semisup_seg.data.folder import split_files, unlabeled_files
+    from semisup_seg.evaluation.report import evaluation_files, make_report, save_report
+    from semisup_seg.evaluation.scores import score_images
+    root = make_discs(tmp_path_factory.mktemp('r')/'d')
+    evil = '<script>alert(1)</script>&"x"'.replace('/', '∕')
+    for d in ('Images', 'Labels'): (root/d/'test/test0.png').rename(root/d/f'test/{evil}.png')
+    before = tree(root)
+    out = root.parent/'out'
+    a,b,c = (make_model(seed=i) for i in range(3))
+    pairs = evaluation_files(root)[1]
+    vote = annotate([a, b], [i for i,_ in pairs], out/'vote')
+    ann = annotate([a, b], unlabeled_files(root), out, ['Gamma'], valid=split_files(root, 'valid'))
+    others = {'teacher 1 <i>': score_images(a, pairs), 'teacher 2': score_images(b, pairs)}
+    training = {'teacher 1': dict(steps=40, epochs=4, seconds=7.5), 'annotations': dict(images=5, seconds=2), 'target': dict(steps=50, seconds=8.25)}
+    settings = dict(seed=3, note='<b>bold</b>', training=training)
+    report = make_report(c, root, others, 'vote', vote, {**dict.fromkeys(others, HISTORY), 'target': HISTORY}, ann, settings)
+    text = save_report(report, out).read_text(encoding='utf-8')
+    return SimpleNamespace(text=text, report=report, evil=evil, is_untouched=tree(root)==before, out=out)
+
+@pytest.fixture
+def area_error():
+    "A metric for the time of a test: the difference of two areas, of which a lower value is better"
+    from semisup_seg.training.metrics import metrics, register_metric
+    before = dict(metrics)
+    @register_metric(higher_is_better=False, needs_spacing=True)
+    def area_error(pred, truth, n, spacing):
+        areas = [np.bincount(m.ravel(), minlength=n)[:n] for m in (pred, truth)]
+        return np.abs(areas[0]-areas[1])*spacing[0]*spacing[1]
+
+    yield area_error
+    metrics.clear()
+    metrics.update(before)

@@ -6,7 +6,8 @@ from conftest import Bright, make_model, save, tree
 from PIL import Image
 
 from semisup_seg.annotation.annotate import annotate, validation_dice
-from semisup_seg.annotation.batch import annotate_batch, pending_batches, prepare_vote
+from semisup_seg.annotation.batch import annotate_batch, pending_batches
+from semisup_seg.annotation.vote_setup import prepare_vote
 from semisup_seg.annotation.journal import ImageJob
 from semisup_seg.annotation.records import merge_annotations
 from semisup_seg.annotation.views import get_views

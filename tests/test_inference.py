@@ -10,7 +10,8 @@ from PIL import Image
 
 import semisup_seg.training.inference as I
 from semisup_seg.annotation.annotate import annotate, validation_dice, write_masks
-from semisup_seg.annotation.batch import annotate_batch, prepare_vote
+from semisup_seg.annotation.batch import annotate_batch
+from semisup_seg.annotation.vote_setup import prepare_vote
 from semisup_seg.annotation.views import get_views
 from semisup_seg.core import DatasetError
 from semisup_seg.data.folder import split_files, unlabeled_files

@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from .batch import annotate_prediction, load_prediction, load_teacher, pending_batches, prepare_vote, vote_on_batch
+from .batch import annotate_prediction, load_prediction, pending_batches, vote_on_batch
 from .journal import AnnotationJournal, ImageJob, PartialVotes, file_stamp, mask_names
 from .records import Annotations, merge_annotations
+from .vote_setup import load_teacher, prepare_vote
 from ..core import DatasetError, atomic, progress
 from ..data.folder import image_files
 from ..training.inference import Predictor, prefetch
@@ -37,6 +38,7 @@ def list_images(
     if faults: raise DatasetError(faults)
     return files
 
+# %% ../../nbs/34_annotation.annotate.ipynb #07964d05
 def _make_jobs(files, valid, labels):
     "The jobs of a call: images to annotate, then validation images, each pair once"
     files = list_images(files)
@@ -71,6 +73,10 @@ def predict_batches(
 def _write_png(file, a, level=3):
     with atomic(file) as f: Image.fromarray(a).save(f, 'png', compress_level=level)
 
+def _write_array(file, a):
+    with atomic(file) as f, open(f, 'wb') as stream: np.save(stream, a)
+
+# %% ../../nbs/34_annotation.annotate.ipynb #c0a9767d
 @dataclass
 class MaskWriter:
     "Writes what the vote made of an image, and gives its record"
@@ -87,13 +93,11 @@ class MaskWriter:
         if record.error or not p.job.write: return p.job, record
         name = self.names[p.job.image]
         if self.confidence: _write_png(self.out/'confidence'/name, np.uint8(annotated.confidence*255+0.5))
-        if self.soft: self._write_soft(Path(name).stem, annotated.soft)
-        _write_png(self.out/'annotations'/name, self.codes.decode(annotated.mask))
+        if self.soft: _write_array(self.out/f'soft/{Path(name).stem}.npy', annotated.soft)
+        values = self.codes.decode(annotated.mask)
+        _write_png(self.out/'annotations'/name, values)
         record.mask = f'annotations/{name}'
         return p.job, record
-
-    def _write_soft(self, stem, a):
-        with atomic(self.out/f'soft/{stem}.npy') as f, open(f, 'wb') as stream: np.save(stream, a)
 
 # %% ../../nbs/34_annotation.annotate.ipynb #6a6799f1
 def map_in_thread(
@@ -116,16 +120,16 @@ def annotate(
     files,              # Image files, or a folder of them
     out:str|Path,       # Where `annotations/` and `annotations.csv` go
     views=(),           # Names from `views`, besides the image itself
-    size:tuple=None,    # `(height, width)` at which networks see an image, pixels; that of the first teacher's training if None
+    size:tuple=None,    # `(height, width)` at which networks see an image, pixels; None: as the first teacher's training
     bs:int=8,           # Images per batch
     vote:str='mean',    # How the votes are combined, one of `vote_rules`
     weights:list=None,  # How much each teacher counts; all the same if None
-    valid=(),           # `(image, label)` files of validation images, from which the Dice score of each mask is predicted
+    valid=(),           # `(image, label)` files of validation images, to predict the Dice score of each mask from
     together:bool=True, # False: one teacher after another, with the sums of the votes on disk
     window:int=None,    # Cut images with a longer side into overlapping windows of this side, pixels; None: never
-    confidence:bool=False, # Also write the probability of the winning class of each pixel, 8-bit PNG files in `confidence/`
+    confidence:bool=False, # Also write the probability of the winning class of each pixel, 8-bit PNG, in `confidence/`
     soft:bool=False,    # Also write the probabilities of all classes, uint8 arrays `(c, h, w)` in `soft/`
-    labels:dict=None,   # `{image: label}` of images in `files` whose truth is known: their records hold the scores of the vote
+    labels:dict=None,   # `{image: label}` of those of `files` whose truth is known: their records hold the scores of the vote
     cache=None,         # An `ImageCache` through which images are read, to share with a training
 )->Annotations:
     "Let `teachers` vote on each of `files` under each of `views`, and write the masks"
@@ -134,8 +138,10 @@ def annotate(
     predictor = Predictor(setup.size, bs, window, cache)
     try: return _annotate_jobs(jobs, setup, predictor, Path(out), together, confidence, soft)
     except OSError as e:
-        raise OSError(f'{out}: cannot be written ({e.strerror or e}); finished images are kept, and the same call continues from there') from e
+        reason = e.strerror or e
+        raise OSError(f'{out}: cannot be written ({reason}); finished images are kept, the same call continues from there') from e
 
+# %% ../../nbs/34_annotation.annotate.ipynb #478ca15e
 def _annotate_jobs(jobs, setup, predictor, out, together, confidence, soft):
     asked = dict(setup.asked(), confidence=confidence, soft=soft)
     journal = AnnotationJournal(out, asked, jobs)
@@ -151,8 +157,9 @@ def _annotate_jobs(jobs, setup, predictor, out, together, confidence, soft):
 
 def _open_partial(out, asked, jobs, setup):
     files = [(j, file_stamp(j.image, j.label)) for j in jobs]
-    key = repr((asked, setup.bs, files))
-    return PartialVotes(out, hashlib.sha256(key.encode()).hexdigest()[:12], len(setup.teachers))
+    call = repr((asked, setup.bs, files))
+    key = hashlib.sha256(call.encode()).hexdigest()[:12]
+    return PartialVotes(out, key, len(setup.teachers))
 
 # %% ../../nbs/34_annotation.annotate.ipynb #34cc4f90
 def validation_dice(
@@ -164,6 +171,7 @@ def validation_dice(
     "The mean Dice score of each teacher on labelled images; a `DatasetError` if an image cannot be read"
     return [_mean_dice(t, pairs, bs, views) for t in teachers]
 
+# %% ../../nbs/34_annotation.annotate.ipynb #34a5e0b2
 def _mean_dice(teacher, pairs, bs, views):
     setup = prepare_vote(teacher, views, bs=bs)
     predictor = Predictor(setup.size, bs)
@@ -182,18 +190,22 @@ def write_masks(
     bs:int=8,        # Images per batch
     window:int=None, # As in `annotate`
 )->list:             # The files written
-    "Write the mask that `model` predicts for each of `files`; a `DatasetError` at the end names those that cannot be read"
+    "Write the mask that `model` predicts for each of `files`; a `DatasetError` at the end names the unreadable ones"
     out = Path(out)
     files = list_images(files)
     setup = prepare_vote(model, bs=bs, window=window)
-    if out.is_file(): raise ValueError(f'out: {out} is a file, not a folder')
-    if any(f.parent.resolve()==out.resolve() for f in files): raise ValueError(f'out: {out} holds the images themselves; choose another folder')
     predictor = Predictor(setup.size, bs, window)
+    if out.is_file(): raise ValueError(f'out: {out} is a file, not a folder')
+    folders = {f.parent.resolve() for f in files}
+    if out.resolve() in folders: raise ValueError(f'out: {out} holds the images themselves; choose another folder')
     batches = pending_batches([ImageJob(f) for f in files], setup.images_per_batch)
     names = mask_names(files)
     faults = []
     for p in progress(predict_batches(setup, batches, predictor), len(files), 'images'):
-        if p.error: faults.append(p.error)
-        else: _write_png(out/names[p.job.image], setup.codes.decode(predictor.mask(p.probs, p.image)[0]))
+        if p.error:
+            faults.append(p.error)
+            continue
+        mask,_ = predictor.mask(p.probs, p.image)
+        _write_png(out/names[p.job.image], setup.codes.decode(mask))
     if faults: raise DatasetError(faults)
     return [out/n for n in names.values()]

@@ -40,8 +40,10 @@ def mask_names(
     count = Counter(f.stem.casefold() for f in files)
     names = {}
     for f in files:
-        digest = hashlib.sha256(f.resolve().as_posix().encode()).hexdigest()[:8]
-        names[f] = f'{f.stem}-{digest}.png' if count[f.stem.casefold()]>1 else f'{f.stem}.png'
+        path = f.resolve().as_posix()
+        digest = hashlib.sha256(path.encode()).hexdigest()[:8]
+        repeated = count[f.stem.casefold()]>1
+        names[f] = f'{f.stem}-{digest}.png' if repeated else f'{f.stem}.png'
     return names
 
 # %% ../../nbs/33_annotation.journal.ipynb #4dbae88d
@@ -51,19 +53,26 @@ def file_stamp(
     *files:str|Path, # Files; None and missing ones are left out
 )->list:
     "Size and modification time of `files`, which change when a file does"
-    stats = [Path(f).stat() for f in files if f and Path(f).is_file()]
-    return [n for s in stats for n in (s.st_size, s.st_mtime_ns)]
+    stamp = []
+    for f in files:
+        if not f or not Path(f).is_file(): continue
+        s = Path(f).stat()
+        stamp += [s.st_size, s.st_mtime_ns]
+    return stamp
 
+# %% ../../nbs/33_annotation.journal.ipynb #339d0bdb
 def _read_journal(file):
     "Settings, names of masks and records of a journal; an incomplete last line is dropped"
     try: head,*lines = file.read_text(encoding='utf-8').split('\n')[:-1]
     except (OSError, ValueError): return None, [], []
     head = json.loads(head)
-    return head['asked'], head['names'], [AnnotationRecord(**json.loads(o)) for o in lines]
+    records = [AnnotationRecord(**json.loads(o)) for o in lines]
+    return head['asked'], head['names'], records
 
 def _job_key(record):
     "The key of the job that `record` belongs to: only the record of a validation image has a label and no mask"
-    return record.image, bool(record.mask) or not record.label
+    write = bool(record.mask) or not record.label
+    return record.image, write
 
 # %% ../../nbs/33_annotation.journal.ipynb #5162dcbd
 class AnnotationJournal:
@@ -97,6 +106,11 @@ class AnnotationJournal:
 
 # %% ../../nbs/33_annotation.journal.ipynb #2b5c0e26
 @patch
+def _files(self:AnnotationJournal):
+    folders = [self.out/d for d in FOLDERS if (self.out/d).is_dir()]
+    return [f for d in folders for f in d.iterdir() if f!=self.file]
+
+@patch
 def check_ownership(self:AnnotationJournal,
     names:set, # Names of the masks that earlier calls wrote
 ):
@@ -111,6 +125,7 @@ def check_ownership(self:AnnotationJournal,
         if f.suffix!=FOLDERS[f.parent.name] or stem not in own:
             raise ValueError(f'{f.parent}: holds {f.name!r}, which no run has written; choose another folder')
 
+# %% ../../nbs/33_annotation.journal.ipynb #0234ea6f
 @patch
 def is_current(self:AnnotationJournal,
     record:AnnotationRecord, # Of an earlier call
@@ -120,16 +135,10 @@ def is_current(self:AnnotationJournal,
     if job is None or record.stamp!=file_stamp(job.image, job.label): return False
     label = str(job.label) if job.label else None
     if record.label!=label and not record.error: return False
-    written = job.write and not record.error
-    if record.mask!=(f'annotations/{self.names[job.image]}' if written else ''): return False
-    return not written or (self.out/record.mask).is_file()
+    if record.error or not job.write: return not record.mask
+    return record.mask==f'annotations/{self.names[job.image]}' and (self.out/record.mask).is_file()
 
-# %% ../../nbs/33_annotation.journal.ipynb #d6b50d23
-@patch
-def _files(self:AnnotationJournal):
-    folders = [self.out/d for d in FOLDERS if (self.out/d).is_dir()]
-    return [f for d in folders for f in d.iterdir() if f!=self.file]
-
+# %% ../../nbs/33_annotation.journal.ipynb #84040057
 @patch
 def _take_over(self:AnnotationJournal, records, rows):
     "Keep the `records` that still hold, with what `rows` of the table say of them"
@@ -191,6 +200,7 @@ def save(self:PartialVotes,
     _save_array(self._file(batch, k, 'total.npy'), votes.total)
     for what in ('total.npy', 'labels.npy', 'facts.json'): self._file(batch, k-1, what).unlink(missing_ok=True)
 
+# %% ../../nbs/33_annotation.journal.ipynb #c21184c7
 @patch
 def load(self:PartialVotes,
     batch:str, # Name of the batch

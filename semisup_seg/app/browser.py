@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from ipywidgets import HTML, BoundedIntText, GridBox, IntSlider, Layout, VBox, link
 from IPython import get_ipython
 
-# %% ../../nbs/61_app.browser.ipynb #c13dc70c
+# %% ../../nbs/61_app.browser.ipynb #f673690c
 def describe(
     listing:AnnotationList, # Its current annotation is described
 )->str:                     # HTML
@@ -34,7 +34,7 @@ def describe(
     judgement = r.judgement.capitalize() or 'Not judged yet'
     return f'<b>{name}</b> ({place}): {numbers}. {judgement}.'
 
-# %% ../../nbs/61_app.browser.ipynb #a824df3d
+# %% ../../nbs/61_app.browser.ipynb #5890a626
 class Pictures(VBox):
     "The current annotation: image, mask and confidence side by side, and the opacity of the mask"
     def __init__(self,
@@ -49,7 +49,7 @@ class Pictures(VBox):
         self.alpha.observe(lambda _: self.draw(), 'value')
         super().__init__([self.shown, row(self.alpha, self.slider)])
 
-# %% ../../nbs/61_app.browser.ipynb #37d0deb1
+# %% ../../nbs/61_app.browser.ipynb #0560c3fb
 @patch
 def draw(self:Pictures):
     "Show the current annotation"
@@ -57,7 +57,7 @@ def draw(self:Pictures):
     if i is None: self.shown.value = '<p>Nothing to show in this list.</p>'
     else: self.shown.value = describe(self.listing) + figures(self.listing.review, i, self.alpha.value/100)
 
-# %% ../../nbs/61_app.browser.ipynb #f2c862d4
+# %% ../../nbs/61_app.browser.ipynb #9f2d4110
 MARKS = {'': '', 'accepted': '✓ ', 'rejected': '✗ ', 'in training': '★ '}
 
 def draw_slot(
@@ -72,7 +72,7 @@ def draw_slot(
     select.description = MARKS[r.judgement] + Path(r.image).stem
     select.button_style = 'primary' if i==listing.current else ''
 
-# %% ../../nbs/61_app.browser.ipynb #33786209
+# %% ../../nbs/61_app.browser.ipynb #c5296524
 class Thumbnails(VBox):
     "A page of small pictures, and buttons to turn it"
     def __init__(self,
@@ -88,7 +88,7 @@ class Thumbnails(VBox):
         grid = GridBox(self.slots, layout=Layout(grid_template_columns='repeat(auto-fill, minmax(8rem, 1fr))'))
         super().__init__([row(self.previous, self.next, self.page), grid])
 
-# %% ../../nbs/61_app.browser.ipynb #c07ddfef
+# %% ../../nbs/61_app.browser.ipynb #8d900c5d
 @patch
 def draw(self:Thumbnails):
     "Show the current page"
@@ -98,7 +98,7 @@ def draw(self:Thumbnails):
     for k,slot in enumerate(self.slots): slot.layout.display = 'flex' if k<len(ids) else 'none'
     for slot,i in zip(self.slots, ids): draw_slot(slot, listing, i)
 
-# %% ../../nbs/61_app.browser.ipynb #912c6396
+# %% ../../nbs/61_app.browser.ipynb #8e771f2f
 def filter_menus(
     listing:AnnotationList, # What is shown
     act,                    # Called with a function and its arguments when an entry is chosen
@@ -166,7 +166,7 @@ def act(self:Browser,
     self.message.value = status(message)
     self.draw()
 
-# %% ../../nbs/61_app.browser.ipynb #a20b3b25
+# %% ../../nbs/61_app.browser.ipynb #a5fd9595
 @patch
 def draw(self:Browser):
     "Update everything on the screen"
@@ -178,7 +178,7 @@ def draw(self:Browser):
     self.pictures.draw()
     self.thumbnails.draw()
 
-# %% ../../nbs/61_app.browser.ipynb #49c3a68a
+# %% ../../nbs/61_app.browser.ipynb #78aaac99
 @patch
 def _repr_mimebundle_(self:Browser, **kw):
     if getattr(get_ipython(), 'kernel', None): return super(Browser, self)._repr_mimebundle_(**kw)

@@ -21,7 +21,7 @@ def arg(
     "Describe an argument of a command"
     return names, kw
 
-# %% ../../nbs/63_app.cli.ipynb #ad59d513
+# %% ../../nbs/63_app.cli.ipynb #119b89b8
 def command(
     *args, # Arguments, each from `arg`
 ):
@@ -47,7 +47,7 @@ def parser()->argparse.ArgumentParser:
         s.set_defaults(func=f)
     return p
 
-# %% ../../nbs/63_app.cli.ipynb #6d2e1f75
+# %% ../../nbs/63_app.cli.ipynb #6fab5b48
 def main(
     argv:list=None, # Arguments; those of the process if None
 )->int:             # Exit status: 0, 2 after a user's mistake, 130 when interrupted
@@ -83,7 +83,7 @@ def _demo(o):
     res = data_distillation(net, net, ['H Flip', 'Gamma'], path, out/'results', **schedule)
     _print_result(res)
 
-# %% ../../nbs/63_app.cli.ipynb #b7eb80c3
+# %% ../../nbs/63_app.cli.ipynb #94b3ffc3
 @command(DATA)
 def _check(o):
     "look through a data set folder and name every fault"
@@ -103,7 +103,7 @@ TRAINING = (  # chkstyle: ignore-node
     arg('--scratch', action='store_true', help='start from random weights'),
     arg('--fresh', action='store_true', help='start afresh where OUT holds an earlier run'))
 
-# %% ../../nbs/63_app.cli.ipynb #45556ce8
+# %% ../../nbs/63_app.cli.ipynb #0ad5e4de
 def _options(o):
     "The keywords of a routine from the arguments in `TRAINING`"
     schedule = {k: getattr(o, k) for k in ('bs', 'epochs', 'freeze_epochs', 'lr', 'seed')}
@@ -134,7 +134,7 @@ def _train(o):
     res = simple_training(network, o.data, o.out, views, **_options(o))
     _print_result(res)
 
-# %% ../../nbs/63_app.cli.ipynb #1bc1f1d7
+# %% ../../nbs/63_app.cli.ipynb #95f5d636
 @command(DATA, OUT,
     arg('--base', action='append', **dict(NETWORK, default=None),
         help='a teacher; repeat it for several (U-Net tf_efficientnet_lite0)'),
@@ -153,7 +153,7 @@ def _distill(o):
     else: res = distill(bases, target, views, o.data, o.out, **options)
     _print_result(res)
 
-# %% ../../nbs/63_app.cli.ipynb #003932c1
+# %% ../../nbs/63_app.cli.ipynb #e99b7376
 @command(DATA, OUT, arg('--method', default='Mean Teacher', help='name of a registered method (Mean Teacher)'),
     arg('--network', **NETWORK), *TRAINING)
 def _online(o):
@@ -190,7 +190,7 @@ VOTING = (  # chkstyle: ignore-node
     arg('--confidence', action='store_true', help='also write maps of the confidence, 8-bit PNG'),
     arg('--soft', action='store_true', help='also write the probabilities, uint8 arrays'))
 
-# %% ../../nbs/63_app.cli.ipynb #63a784a2
+# %% ../../nbs/63_app.cli.ipynb #cc8a92d5
 def _validation_pairs(o):
     "Image and label of each validation image that `annotate` was given"
     from semisup_seg.data.folder import split_files
@@ -199,7 +199,7 @@ def _validation_pairs(o):
     if o.weigh and not pairs: raise ValueError('--weigh needs --valid, a data set whose validation images give the weights')
     return pairs
 
-# %% ../../nbs/63_app.cli.ipynb #1022851f
+# %% ../../nbs/63_app.cli.ipynb #b0e9ae24
 @command(arg('models', nargs='+', help='.pth files of runs: the teachers'),
     arg('--images', nargs='+', required=True, help='image files, or one folder'),
     arg('--out', required=True, help='folder for annotations/ and annotations.csv'),
@@ -223,7 +223,7 @@ def _compare(o):
     from semisup_seg.evaluation.compare import compare_runs
     print(compare_runs(*o.outs))
 
-# %% ../../nbs/63_app.cli.ipynb #63510dd8
+# %% ../../nbs/63_app.cli.ipynb #d19e8ac2
 @command()
 def _networks(o):
     "list the networks: idea, encoder, cost, speed"

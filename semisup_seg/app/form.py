@@ -34,7 +34,7 @@ def _menu(kind, label, value, about, **kw):
     options = [(f'{name}: {text}', name) for name,text in about.items()]
     return _field(kind, label, value, options=options, **kw)
 
-# %% ../../nbs/62_app.form.ipynb #3d8ba150
+# %% ../../nbs/62_app.form.ipynb #a955fcbf
 NUMBERS = dict(  # chkstyle: ignore-node
     each=('Teachers per network', 1, 5), size=('Side, pixels', 32, 2048), bs=('Images per batch', 2, 512),
     epochs=('Epochs', 1, 1000), freeze_epochs=('Epochs before, frozen', 0, 100), seed=('Seed', 0, 2**31-1))
@@ -77,14 +77,14 @@ def menu_fields(
     fields['recipe'] = _menu(Dropdown, 'Recipe', recipe, RECIPES)
     return fields
 
-# %% ../../nbs/62_app.form.ipynb #56248b97
+# %% ../../nbs/62_app.form.ipynb #78cdb6eb
 def plan_fields(
     plan:Plan, # What the fields hold at first
 )->dict:       # `{name of a field of the plan: widget}`, in the order of the form
     "Make a widget for each field of a plan"
     data = _field(Text, 'Data set folder', plan.data)
     out = _field(Text, 'Results folder', plan.out)
-    lr = _field(BoundedFloatText, 'Learning rate (0: try out)', plan.lr, min=0, max=1)
+    lr = _field(BoundedFloatText, 'Learning rate, or 0', plan.lr, min=0, max=1, tooltip='0: found by a trial run')
     scratch = _field(Checkbox, 'Start from random weights', plan.scratch)
     fresh = _field(Checkbox, 'Throw away an earlier run in the results folder', plan.fresh)
     return dict(data=data, out=out, **menu_fields(plan), **number_fields(plan), lr=lr, scratch=scratch, fresh=fresh)
@@ -111,7 +111,7 @@ class RunForm(VBox):
         for w in self.fields.values(): w.observe(lambda _: self.update(), 'value')
         self.update()
 
-# %% ../../nbs/62_app.form.ipynb #9df57432
+# %% ../../nbs/62_app.form.ipynb #709a33f7
 @patch(as_prop=True)
 def plan(self:RunForm)->Plan:
     "What the fields hold"
@@ -127,7 +127,7 @@ def update(self:RunForm):
     try: self.command.value = self.plan._repr_html_()
     except ValueError as e: self.command.value = html.escape(str(e))
 
-# %% ../../nbs/62_app.form.ipynb #94e50038
+# %% ../../nbs/62_app.form.ipynb #ad7c8fd2
 @patch
 def _try(self:RunForm, f):
     "Call `f`; show a user's mistake as an answer"
@@ -155,7 +155,7 @@ def _start(self:RunForm):
     self.thread = threading.Thread(target=self._follow, args=[job], daemon=True)
     self.thread.start()
 
-# %% ../../nbs/62_app.form.ipynb #9ffb4646
+# %% ../../nbs/62_app.form.ipynb #afebb5f6
 @patch
 def _follow(self:RunForm, job):
     "Show how far `job` has come until it ends, then its report or why there is none"

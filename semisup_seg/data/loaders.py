@@ -17,6 +17,7 @@ os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # albumentations asks th
 
 with warnings.catch_warnings():
     warnings.simplefilter('ignore', FutureWarning)  # torch's own notice about a decorator in fastai
+    import fastai.vision.learner  # chkstyle: ignore  # its `show_results` must be registered before the one below
     from fastai.data.block import DataBlock, TransformBlock
     from fastai.data.core import DataLoaders, ItemTransform, Transform
     from fastai.data.transforms import IntToFloatTensor

@@ -52,6 +52,7 @@ class ReadSoftLabels(ItemTransform):
         beyond = total>1.5*IGNORE  # where the transform filled in IGNORE for every class
         return TensorImage(x), TensorBase(torch.where(beyond, 0, probs/total.clamp_min(1)))
 
+# %% ../../nbs/54_distillation.batches.ipynb #e3ce1dad
 def _loader(items, transform, bs):
     "Batches of `items`, repeated until they fill a batch, shuffled"
     items = items*(1+(bs-1)//len(items))
@@ -190,6 +191,7 @@ def random_box(
     box_w = min(w, max(1, round(w*area**0.5/stretch)))
     return random.randrange(h-box_h+1), random.randrange(w-box_w+1), box_h, box_w
 
+# %% ../../nbs/54_distillation.batches.ipynb #2ef8ee69
 class CutMix(PseudoCallback):
     "Paste a box from another pseudo-labelled image into half of them"
     order = 5

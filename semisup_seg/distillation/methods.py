@@ -117,8 +117,8 @@ def _evaluate(x, trained):
     learn.history = x.run.done(x.run.stage(trained.student))['history']
     _,pairs = evaluation_files(x.path)
     vote,facts = None,{}
-    if trained.teachers:
-        vote,facts = x.annotate(x.out/'vote', list(trained.teachers.values()), [i for i,_ in pairs], labels=dict(pairs))
+    voters = list(trained.teachers.values())
+    if voters: vote,facts = x.annotate(x.out/'vote', voters, [i for i,_ in pairs], labels=dict(pairs))
     scores,masks = _score_student(x, learn, trained, pairs)
     report = _make_report(x, trained, learn, vote, facts.get('scores', {}), scores, masks)
     x.events.emit('report', file=str(save_report(report, x.out)))

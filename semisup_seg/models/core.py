@@ -45,8 +45,7 @@ class SegNet(nn.Module):
     def forward(self, x:Tensor)->Tensor:
         h,w = x.shape[-2:]
         name = self.config['name']
-        if min(h, w)<self.min_size:
-            raise ValueError(f'{name} needs images of at least {self.min_size} pixels a side, got {h}×{w}')
+        if min(h, w)<self.min_size: raise ValueError(f'{name} needs images of at least {self.min_size} pixels a side, got {h}×{w}')
         x = (x-self.mean)/self.std
         if h%32 or w%32: x = F.pad(x, (0, -w%32, 0, -h%32), mode='replicate')
         try: logits = self.net(x)
@@ -103,8 +102,7 @@ def check_request(
     for net in networks.values(): known |= dict.fromkeys(net.aliases, net)
     net = lookup(name, known, 'network')
     if backbone is None: return net, net.backbone
-    if not net.encoders:
-        raise ValueError(f'{net.name} has an encoder of its own; backbone must be None, got {backbone!r}')
+    if not net.encoders: raise ValueError(f'{net.name} has an encoder of its own; backbone must be None, got {backbone!r}')
     allowed = matching([*timm.list_models(), *MIT], net.encoders)
     wanted = str(backbone).split('.')[0]  # the name of timm's weights follows after a dot
     kind = 'backbone' if net.encoders=='*' else f'{net.name} backbone'
@@ -120,7 +118,7 @@ def _normalisation(backbone, n_in):
     if n_in==3: return mean, std
     return (sum(mean)/3,)*n_in, (sum(std)/3,)*n_in
 
-# %% ../../nbs/10_models.core.ipynb #5143d846
+# %% ../../nbs/10_models.core.ipynb #8ceda7c8
 def _find_weights(pretrained, backbone):
     "The state dict that `pretrained` asks for, or None"
     if not pretrained: return None
@@ -128,7 +126,7 @@ def _find_weights(pretrained, backbone):
     if isinstance(pretrained, (str, Path)): return file_weights(pretrained)
     return packaged_weights(backbone) or hub_weights(backbone)
 
-# %% ../../nbs/10_models.core.ipynb #e6c2eeb1
+# %% ../../nbs/10_models.core.ipynb #3214b620
 def _stride_option(net, output_stride):
     "The further argument of `net.build` that `output_stride` asks for; a `ValueError` if it cannot be had"
     if output_stride is None: return {}
@@ -170,7 +168,7 @@ def bn_act(
     norm = nn.BatchNorm2d(n)
     return nn.Sequential(norm) if act is None else nn.Sequential(norm, act(inplace=True))
 
-# %% ../../nbs/10_models.core.ipynb #bc57bde2
+# %% ../../nbs/10_models.core.ipynb #63e74287
 def conv_bn(
     ni:int,            # Channels in
     no:int,            # Channels out
@@ -186,7 +184,7 @@ def conv_bn(
     conv = nn.Conv2d(ni, no, sides, stride, padding, dilation, groups, bias=False)
     return nn.Sequential(conv, *bn_act(no, act))
 
-# %% ../../nbs/10_models.core.ipynb #455ac019
+# %% ../../nbs/10_models.core.ipynb #50ede8fb
 def resize(
     x:Tensor,     # `(n, c, h, w)`
     like:Tensor,  # `(n, _, h2, w2)`

@@ -18,14 +18,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# %% ../../nbs/18_models.cost.ipynb #aae8191d
+# %% ../../nbs/18_models.cost.ipynb #aa20af2d
 def n_params(
     m:nn.Module, # Any module
 )->int:          # Weights and biases, frozen ones too
     "Number of parameters of `m`"
     return sum(p.numel() for p in m.parameters())
 
-# %% ../../nbs/18_models.cost.ipynb #47777039
+# %% ../../nbs/18_models.cost.ipynb #27bf2719
 def _meta_model(*args):
     "The network that `build_model(*args)` builds, on the `meta` device"
     try:
@@ -57,7 +57,7 @@ def _parts(m, prefix=''):
             yield name, part
             if isinstance(part, nn.Sequential): yield from _parts(part, f'{name}.')
 
-# %% ../../nbs/18_models.cost.ipynb #e598b25f
+# %% ../../nbs/18_models.cost.ipynb #943de0d5
 def _recorder(rows, name):
     "A hook that adds name, shape of the last map and parameters of a module to `rows`"
     def hook(m, x, y):
@@ -65,7 +65,7 @@ def _recorder(rows, name):
         rows.append((name, ' × '.join(map(str, y.shape[1:])), f'{n_params(m):,}'))
     return hook
 
-# %% ../../nbs/18_models.cost.ipynb #6c8c783e
+# %% ../../nbs/18_models.cost.ipynb #553ff03e
 @torch.no_grad()
 def stages(
     model:SegNet,           # Any network
@@ -86,7 +86,7 @@ def stages(
     total = 'all', f'{n_out} × {size[0]} × {size[1]}', f'{n_params(model):,}'
     return Table([('stage', 'shape', 'parameters'), *rows, total])
 
-# %% ../../nbs/18_models.cost.ipynb #a820ab44
+# %% ../../nbs/18_models.cost.ipynb #9bc601de
 def speeds()->dict: # Name of the network to images per second in training, 256 × 256, channels_last
     "Speed of each network as `benchmarks/networks.py` measured it"
     with (files('semisup_seg')/'speeds.csv').open(newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))

@@ -40,15 +40,14 @@ def _read_tensors(file):
     if file.suffix=='.safetensors': return load_file(file)
     return torch.load(file, map_location='cpu', weights_only=True)
 
-# %% ../../nbs/09_models.weights.ipynb #0df8b6e6
+# %% ../../nbs/09_models.weights.ipynb #36dc31fc
 def file_weights(
     file:str|Path, # A `.pth` or `.safetensors` state dict
 )->dict:           # State dict, on the CPU
     "The state dict in `file`; a `ValueError` if there is no such file or it holds none"
     if not Path(file).is_file(): raise ValueError(f'pretrained={str(file)!r}: no such file')
     try: sd = _read_tensors(Path(file))
-    except Exception as e:
-        raise ValueError(f'{file} is not a state dict that can be loaded safely ({type(e).__name__})') from e
+    except Exception as e: raise ValueError(f'{file} is not a state dict that can be loaded safely ({type(e).__name__})') from e
     if isinstance(sd, dict): sd = sd.get('state_dict', sd)
     holds_tensors = isinstance(sd, dict) and sd and all(isinstance(v, Tensor) for v in sd.values())
     if not holds_tensors: raise ValueError(f'{file} holds no state dict')
@@ -62,7 +61,7 @@ def _no_hub(backbone, why):
         "whose weights come with it; (2) fetch the file on another machine and give its path as pretrained='…' "
         '(--weights FILE); (3) train from scratch with pretrained=False (--scratch).')
 
-# %% ../../nbs/09_models.weights.ipynb #c86ae407
+# %% ../../nbs/09_models.weights.ipynb #d61661d6
 def _ask_hub(backbone, repo):
     "Raise a `ConnectionError` unless the hub answers within five seconds and reports no fault of its own"
     hub = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
@@ -82,14 +81,13 @@ def _published(backbone):
         at = smp.encoders.encoders[backbone]['pretrained_settings']['imagenet']
         return at['repo_id'], at['revision'], lambda file: smp.encoders.get_encoder(backbone, weights='imagenet')
     cfg = timm.get_pretrained_cfg(backbone)
-    if not cfg or not cfg.has_weights:
-        raise ValueError(f'timm publishes no weights for {backbone!r}; use pretrained=False or a file')
+    if not cfg or not cfg.has_weights: raise ValueError(f'timm publishes no weights for {backbone!r}; use pretrained=False or a file')
     def load(file):
         overlay = dict(file=file) if file else None
         return timm.create_model(backbone, pretrained=True, pretrained_cfg_overlay=overlay)
     return cfg.hf_hub_id or '', None, load
 
-# %% ../../nbs/09_models.weights.ipynb #0b89f8f4
+# %% ../../nbs/09_models.weights.ipynb #bbdee12c
 def _cached(repo, revision):
     "The file of the weights in the hub's cache, or None"
     from huggingface_hub import try_to_load_from_cache
@@ -97,7 +95,7 @@ def _cached(repo, revision):
         file = try_to_load_from_cache(repo, name, revision=revision)
         if isinstance(file, str): return file
 
-# %% ../../nbs/09_models.weights.ipynb #47340c30
+# %% ../../nbs/09_models.weights.ipynb #b4b5c0cc
 def hub_weights(
     backbone:str, # One of timm's names, or of `MIT`
 )->dict:          # State dict
@@ -114,7 +112,7 @@ def _canonical(key):
     while key.startswith('model.'): key = key.removeprefix('model.')
     return key.replace('_', '.')
 
-# %% ../../nbs/09_models.weights.ipynb #8cdf31d6
+# %% ../../nbs/09_models.weights.ipynb #43cf850f
 def load_encoder(
     encoder:nn.Module, # The encoder of a network
     weights:dict,      # State dict of the same backbone, with timm's names

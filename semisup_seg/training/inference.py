@@ -30,7 +30,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor, nn
 
-# %% ../../nbs/25_training.inference.ipynb #d192ac53
+# %% ../../nbs/25_training.inference.ipynb #fd29664f
 def unwrap_model(
     model:SegNet|Learner|str|Path, # The file of a model is loaded, onto the GPU if there is one
 )->SegNet:
@@ -67,7 +67,7 @@ def _build_saved(path):
     model.size = size
     return model
 
-# %% ../../nbs/25_training.inference.ipynb #bf26fac5
+# %% ../../nbs/25_training.inference.ipynb #a2325e56
 def load_model(
     path:str|Path, # The `.pth` that `save_model` wrote, its `.json` beside it
 )->SegNet:         # On the CPU, in evaluation mode
@@ -94,7 +94,7 @@ def argmax_by_class(
         confidence = np.maximum(probs, confidence)
     return mask, confidence
 
-# %% ../../nbs/25_training.inference.ipynb #18b180d9
+# %% ../../nbs/25_training.inference.ipynb #b870f206
 def probs_to_mask(
     probs:Tensor, # `(c, h, w)`
     size:tuple,   # `(height, width)` of the image, pixels
@@ -110,7 +110,7 @@ class NetworkInput:
     arrays:list       # uint8 `(h, w, 3)`, at the size of the networks: the image, or each of its windows
     corners:list=None # `(top, left)` of each window in the image, pixels; None for an image seen as a whole
 
-# %% ../../nbs/25_training.inference.ipynb #6bf2c83a
+# %% ../../nbs/25_training.inference.ipynb #f33db3f2
 class Predictor:
     "Batched prediction: reading, windows, device, half precision, out-of-memory, and the way back to the image"
     def __init__(self,
@@ -126,7 +126,7 @@ class Predictor:
         self.cache = cache
         if cache and cache.size!=self.size: raise ValueError(f'cache is of size {cache.size}; expected {self.size}')
 
-# %% ../../nbs/25_training.inference.ipynb #9a69a40b
+# %% ../../nbs/25_training.inference.ipynb #050b98cc
 @patch
 def load(self:Predictor,
     image, # A file, or whatever else `load_image` takes
@@ -150,7 +150,7 @@ def network_device(
     weights = network.parameters() if isinstance(network, nn.Module) else ()
     return next((p.device for p in weights), torch.device('cpu'))
 
-# %% ../../nbs/25_training.inference.ipynb #181aaa5f
+# %% ../../nbs/25_training.inference.ipynb #feeebe7d
 @torch.inference_mode()
 def forward_probs(
     network,       # A `SegNet`, or any function from images in 0–1 to logits
@@ -162,7 +162,7 @@ def forward_probs(
     with torch.autocast(device.type, enabled=device.type=='cuda'): logits = network(x)
     return logits.float().softmax(1)
 
-# %% ../../nbs/25_training.inference.ipynb #f3b5ddad
+# %% ../../nbs/25_training.inference.ipynb #5c67fa7e
 def is_out_of_memory(e:Exception)->bool:
     "Whether `e` means that memory ran out; PyTorch on a CPU has no class of its own for it"
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
@@ -198,7 +198,7 @@ def prefetch(
             waiting.append(pool.submit(next, items, end))
             yield o
 
-# %% ../../nbs/25_training.inference.ipynb #005db7ac
+# %% ../../nbs/25_training.inference.ipynb #5af6e8e9
 @patch
 def predict_views(self:Predictor,
     networks:list, # As in `forward_probs`
@@ -223,7 +223,7 @@ def class_maps(self:Predictor,
     if image.corners is None: return (cv2.resize(p, image.size[::-1]) for p in probs[0].cpu().numpy())
     return merge_windows(torch.stack(list(probs)).cpu().numpy(), image.corners, self.window, image.size)
 
-# %% ../../nbs/25_training.inference.ipynb #2ec75e07
+# %% ../../nbs/25_training.inference.ipynb #8efdb661
 @patch
 def mask(self:Predictor,
     probs:list,         # Probabilities `(c, h, w)` for each of the arrays of `image`
@@ -239,10 +239,10 @@ def _as_list(images):
     if isinstance(images, np.ndarray) and images.ndim==4: return list(images)
     return list(images) if isinstance(images, (list, tuple, L)) else None
 
-# %% ../../nbs/25_training.inference.ipynb #97dda4ec
+# %% ../../nbs/25_training.inference.ipynb #99821e82
 def predict(
     model:SegNet|Learner|str|Path, # Trained or loaded, or the `.pth` of a saved model
-    images,          # One image or many: a file, a folder, a Pillow picture, a uint8 array `(h, w)` or `(h, w, 3)`; a list of these
+    images,          # A file, a folder, a Pillow picture, a uint8 array `(h, w)`, `(h, w, 3)` or `(n, h, w, 3)`; a list of images
     size:tuple=None, # `(height, width)` at which the network sees an image, pixels; that of its training if None
     bs:int=8,        # Images per batch
     window:int=None, # Cut images with a longer side into windows of this side, pixels; None: never
@@ -254,7 +254,7 @@ def predict(
     masks = predict_masks(model, [images] if several is None else several, predictor)
     return masks[0] if several is None else masks
 
-# %% ../../nbs/25_training.inference.ipynb #efe0002b
+# %% ../../nbs/25_training.inference.ipynb #eb25f990
 def predict_masks(
     network,             # As in `forward_probs`
     images:list,         # Whatever `load_image` takes
