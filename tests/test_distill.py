@@ -246,7 +246,8 @@ def test_a_second_round_on_more_labels_is_compared_with_the_first(untrained, tra
     height,width = load_image(more/'unlabeled_images/u0.png').shape[:2]
     add_label(more, more/'unlabeled_images/u0.png', save(tmp_path/'mask.png', np.zeros((height, width), np.uint8)))
     _run(more, 'second')
-    assert 'first from 4 labelled and 5 unlabelled, second from 5 labelled and 4 unlabelled images' in str(compare_runs(tmp_path/'first', tmp_path/'second'))
+    text = str(compare_runs(tmp_path/'first', tmp_path/'second'))
+    assert 'first on 4 labelled and 5 unlabelled, second on 5 labelled and 4 unlabelled images' in text
     other = shutil.copytree(trained_discs, tmp_path/'other')
     for d in ('Images', 'Labels'): shutil.copy(other/d/'test/test0.png', other/d/'test/test1.png')
     _run(other, 'third')
@@ -360,10 +361,12 @@ def test_simple_training_reports_on_the_test_set_and_leaves_unlabelled_images_al
     record = read_json(run.out/'run.json')
     assert record['args']['method']=='simple training' and 'recipe' not in record['args']
 
-def test_without_a_teacher_of_its_network_the_student_is_compared_with_the_best(untrained, trained_discs, tmp_path):
-    untrained.dices = iter([0.3, 0.6, 0.5])
-    res = model_distillation([NET, CGNET], ('FPENet', None), trained_discs, tmp_path/'out', **OPTIONS)
-    assert res.report.against=='teacher 2'
+def test_the_student_is_compared_with_the_best_teacher_of_its_network_or_the_best_of_all(untrained, trained_discs, tmp_path):
+    fpenet = 'FPENet', None
+    cases = dict(same=([NET, CGNET, CGNET], CGNET, [0.9, 0.3, 0.5], 'teacher 3'), other=([NET, CGNET], fpenet, [0.3, 0.6], 'teacher 2'))
+    for name,(bases,target,dices,against) in cases.items():
+        untrained.dices = iter([*dices, 0.5])
+        assert model_distillation(bases, target, trained_discs, tmp_path/name, **OPTIONS).report.against==against, name
 
 # --- views
 

@@ -132,6 +132,9 @@ def test_share_rises_to_1_and_the_time_left_follows_from_the_speed_so_far(tmp_pa
     assert [e['time'] for e in events]==[1000, 1010, 1020, 1020, 1040, 1060, 1080, 1085]
     assert events[1]==dict(time=1010, event='epoch', stage='base', epoch=1, epochs=2, scores={}, share=0.25, time_left=30)
 
+def test_the_report_is_the_end_of_a_run_that_trained_fewer_networks_than_it_said(tmp_path, clock):
+    assert tell(clock, EventLog(tmp_path, 3), (0, 'stage', 'target', dict(steps=5, epochs=2)), (9, 'report', '', dict(file='out/report.html')))==[(0, None), (1, 0)]
+
 def test_the_time_of_a_resumed_run_is_that_of_what_is_left(tmp_path, clock):
     log = EventLog(tmp_path, 2)
     log.finish_training()
