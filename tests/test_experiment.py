@@ -10,7 +10,7 @@ from semisup_seg.annotation.annotate import validation_dice
 from semisup_seg.annotation.records import AnnotationRecord, Annotations
 from semisup_seg.data.folder import split_files, unlabeled_files
 from semisup_seg.distillation.experiment import check_run, model_file, view_means
-from semisup_seg.distillation.run import describe_event, read_events
+from semisup_seg.distillation.run import read_events
 from semisup_seg.training.inference import load_model, save_model
 
 TARGET = 'target_U-Net_test_resnet'
@@ -106,15 +106,15 @@ def test_no_network_stays_in_memory_after_its_training(monkeypatch, trained_disc
         alive.add(learn.model)
         return learn
     monkeypatch.setattr(E, 'seg_learner', seg_learner)
-    x = make_experiment(trained_discs, tmp_path/'out', [NET]*3)
+    x = make_experiment(trained_discs, tmp_path/'out', [NET]*2)
     x.schedule['epochs'] = 1
     gc.disable()  # what the collector frees by chance does not count
     try:
-        files = [x.train(model_file(x.out, 'base', NET, k), NET, k) for k in range(3)]
+        files = [x.train(model_file(x.out, 'base', NET, k), NET, k) for k in range(2)]
         x.annotate(x.out, files, unlabeled_files(trained_discs))
         x.new_learner(NET)
     finally: gc.enable()
-    assert most==[0]*4
+    assert most==[0]*3
 
 def test_an_epoch_has_as_many_steps_for_few_labelled_images_as_all_images_need(trained_discs, tmp_path):
     x = make_experiment(trained_discs, tmp_path/'out')
@@ -134,12 +134,6 @@ def test_pretrained_weights_are_for_networks_with_a_backbone_and_freeze_it_at_fi
     assert x.total_epochs(NET)==2
     x.pretrained = 'weights.pth'
     assert (x.total_epochs(NET), x.total_epochs(('CGNet', None)))==(5, 2)
-
-def test_a_run_without_a_progress_bar_prints_the_line_of_each_event_once(monkeypatch, trained_discs, tmp_path, capsys):
-    monkeypatch.setattr(E, 'on_screen', lambda: False)
-    x = make_experiment(trained_discs, tmp_path/'out')
-    x.train(model_file(x.out, 'target', NET), NET, seed=3)
-    assert capsys.readouterr().out.splitlines()==[describe_event(e) for e in read_events(x.out)]
 
 # --- annotate
 

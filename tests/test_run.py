@@ -35,7 +35,7 @@ def test_a_run_on_changed_data_is_refused(tmp_path):
         codes=lambda d: (d/'codes.txt').write_text('rest,0\nother,255\n'),
         name=lambda d: (d/'unlabeled_images/u0.png').rename(d/'unlabeled_images/v0.png'))
     data = make_discs(tmp_path/'data', train=1, valid=1, test=1, unlabeled=1)
-    open_run(tmp_path/'out', {}, fingerprint(data), True)
+    open_run(tmp_path/'out', {}, fingerprint(data), True).finish('base')
     for name,change in changes.items():
         other = shutil.copytree(data, tmp_path/name)
         open_run(tmp_path/'out', {}, fingerprint(other), True)
@@ -57,12 +57,18 @@ def test_a_run_resumes_with_its_finished_stages_and_says_how_it_was_made(tmp_pat
 
 def test_other_arguments_are_refused_by_name(tmp_path):
     asked = dict(seed=1, bs=4, size=(32, 32), views=['H Flip'], lr=None)
-    open_run(tmp_path/'out', asked, 'abc', True)
+    open_run(tmp_path/'out', asked, 'abc', True).finish('base')
     before = tree(tmp_path)
     for changed in (dict(seed=2), dict(bs=8), dict(size=(32, 48)), dict(views=[]), dict(lr=1e-3), dict(seed=2, bs=2)):
         names = ', '.join(changed)
         with pytest.raises(ValueError, match=f'a run with other {names};.*resume=False'): open_run(tmp_path/'out', {**asked, **changed}, 'abc', True)
     assert tree(tmp_path)==before
+
+def test_a_run_that_has_left_nothing_but_its_record_gives_way_to_another(tmp_path):
+    open_run(tmp_path, dict(seed=1), 'abc', True)
+    assert open_run(tmp_path, dict(seed=2), 'def', True).record['args']==dict(seed=2)
+    (tmp_path/'events.jsonl').write_text('')  # of its first training
+    with pytest.raises(ValueError, match='other seed, the data'): open_run(tmp_path, dict(seed=1), 'abc', True)
 
 def test_a_file_that_is_not_the_record_of_a_run_is_kept_and_refused(tmp_path):
     file = tmp_path/'run.json'
@@ -142,28 +148,28 @@ def test_read_events_leaves_out_an_incomplete_last_line(tmp_path):
     EventLog(tmp_path, 1).emit('warning', text='again')  # a run that goes on does not append to it
     assert [e['text'] for e in read_events(tmp_path)]==['färbt ab', 'again']
 
-EVENTS = [
-    (dict(event='stage', stage='base', steps=5, epochs=2), 'base: training, 2 epochs of 5 steps'),
-    (dict(event='epoch', stage='base', **epoch(1, 2, train_loss=0.25, dice=0.7123), time_left=130.), 'base: epoch 1 of 2, train loss 0.250, dice 0.712; 2 min left'),
-    (dict(event='epoch', stage='base', **epoch(2, 2, dice=1.), time_left=None), 'base: epoch 2 of 2, dice 1.000'),
-    (dict(event='skipped', stage='base'), 'base: finished already'),
-    (dict(event='resumed', stage='target', epoch=1, epochs=2), 'target: going on after epoch 1 of 2'),
-    (dict(event='annotation', stage='annotations', images=3, votes=2), 'annotations: 3 images, 2 votes each'),
-    (dict(event='warning', stage='', text='V Flip: does it suit?'), 'V Flip: does it suit?'),
-    (dict(event='report', stage='', file='out/report.html'), 'report: out/report.html'),
-    (dict(event='of another kind', stage='base'), '')]
+LINES = {}
+LINES['base: training, 2 epochs of 5 steps'] = dict(event='stage', stage='base', steps=5, epochs=2)
+LINES['base: epoch 1 of 2, train loss 0.250, dice 0.712; 2 min left'] = dict(event='epoch', stage='base', **epoch(1, 2, train_loss=0.25, dice=0.7123), time_left=130.)
+LINES['base: epoch 2 of 2, dice 1.000'] = dict(event='epoch', stage='base', **epoch(2, 2, dice=1.), time_left=None)
+LINES['base: finished already'] = dict(event='skipped', stage='base')
+LINES['target: going on after epoch 1 of 2'] = dict(event='resumed', stage='target', epoch=1, epochs=2)
+LINES['annotations: 3 images, 2 votes each'] = dict(event='annotation', stage='annotations', images=3, votes=2)
+LINES['V Flip: does it suit?'] = dict(event='warning', stage='', text='V Flip: does it suit?')
+LINES['report: out/report.html'] = dict(event='report', stage='', file='out/report.html')
+LINES[''] = dict(event='of another kind', stage='base')
 
 def test_each_kind_of_event_is_described_in_one_line():
-    for event,line in EVENTS: assert describe_event(event)==line
+    for line,event in LINES.items(): assert describe_event(event)==line
     assert [format_seconds(s) for s in (0, 89.4, 90, 5399, 5400)]==['0 s', '89 s', '2 min', '90 min', '1.5 h']
 
 def test_the_terminal_prints_what_the_training_does_not_show(tmp_path, monkeypatch, capsys):
     for on_screen in (False, True):
         monkeypatch.setattr(R, 'on_screen', lambda: on_screen)
         log = EventLog(tmp_path, 1)
-        for event,_ in EVENTS: log.emit(**{k: v for k,v in event.items() if k!='time_left'})
+        for event in LINES.values(): log.emit(**{k: v for k,v in event.items() if k!='time_left'})
         hidden = {'resumed', 'epoch'} if on_screen else {'resumed'}  # `fit` tells of the first, its bar shows the second
-        written = [e for e in read_events(tmp_path)[-len(EVENTS):] if e['event'] not in hidden]
+        written = [e for e in read_events(tmp_path)[-len(LINES):] if e['event'] not in hidden]
         assert capsys.readouterr().out.splitlines()==[describe_event(e) for e in written if describe_event(e)]
 
 def test_the_epochs_of_a_trial_run_are_no_events(tmp_path):

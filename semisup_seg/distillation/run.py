@@ -80,9 +80,14 @@ def _read_run(file):
 def _check_same(out, asked, old):
     "Refuse to resume the run `old` with other arguments or data"
     asked = json.loads(json.dumps(asked))
-    changed = [k for k,v in asked['args'].items() if old['args'].get(k)!=v]
+    names = dict.fromkeys([*asked['args'], *old['args']])
+    changed = [k for k in names if old['args'].get(k)!=asked['args'].get(k)]
     if old['data']!=asked['data']: changed.append('the data')
     if changed: raise ValueError(f'out: {out} holds a run with other {", ".join(changed)}; choose a new folder, or resume=False to start afresh')
+
+def _is_empty(out, old):
+    "Whether the run `old` has left nothing but its record, as after an error at its start"
+    return old['stages'].keys()=={'start'} and [f.name for f in out.iterdir()]==['run.json']
 
 def _delete_outputs(out):
     for f in [f for pattern in OUTPUTS for f in out.glob(pattern)]:
@@ -102,7 +107,7 @@ def open_run(
     old = _read_run(run.file)
     if old is None and out.is_dir() and any(not f.name.endswith('-run.json') for f in out.iterdir()):
         raise ValueError(f'out: {out} holds files that no run has written; choose a new folder')
-    if old and resume:
+    if old and resume and not _is_empty(out, old):
         _check_same(out, run.asked, old)
         for f in out.rglob('.[0-9]*-*'): f.unlink()  # half-written when the run was killed
         run.record = old
