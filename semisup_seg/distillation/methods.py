@@ -41,6 +41,7 @@ class Trained:
     teachers:dict=field(default_factory=dict) # `{name: file}` of the networks that voted
     annotations:Annotations=None              # The pseudo-labels, where they were written
 
+# %% ../../nbs/56_distillation.methods.ipynb #d6df0446
 methods = {}
 
 def register_method(
@@ -56,6 +57,13 @@ def register_method(
         methods[name] = Method(name, about, train, online)
         return train
     return _add
+
+# %% ../../nbs/56_distillation.methods.ipynb #f414ffeb
+def _check_options(method, options):
+    known = {name: name for name in [*signature(method.train).parameters][1:]}
+    return {lookup(k, known, f'option of {method.name}'): v for k,v in options.items()}
+
+def _as_json(o): return o if o is None or isinstance(o, (bool, int, float, str)) else str(o)
 
 # %% ../../nbs/56_distillation.methods.ipynb #55d03254
 @dataclass(repr=False)
@@ -103,12 +111,6 @@ def run_method(
     trained = method.train(x, **options)
     return _evaluate(x, trained)
 
-def _check_options(method, options):
-    known = {name: name for name in [*signature(method.train).parameters][1:]}
-    return {lookup(k, known, f'option of {method.name}'): v for k,v in options.items()}
-
-def _as_json(o): return o if o is None or isinstance(o, (bool, int, float, str)) else str(o)
-
 # %% ../../nbs/56_distillation.methods.ipynb #00088d3e
 def _evaluate(x, trained):
     "Score teachers, vote and student on the test images, and write the report"
@@ -151,6 +153,7 @@ def _costs(x, files):
         costs[names.get(stage, stage)] = cost
     return costs
 
+# %% ../../nbs/56_distillation.methods.ipynb #3d126146
 def _make_report(x, trained, learn, vote, others, scores, masks):
     files = dict(trained.teachers, target=trained.student)
     histories = {n: x.run.done(x.run.stage(f))['history'] for n,f in files.items()}

@@ -17,6 +17,7 @@ from ..core import atomic, on_screen
 from ..data.folder import split_files, unlabeled_files
 
 from fastai.callback.core import Callback
+from fastcore.basics import patch
 
 # %% ../../nbs/51_distillation.run.ipynb #5f2fbe25
 def digest_files(
@@ -65,9 +66,6 @@ class Run:
         with atomic(self.file) as f: f.write_text(json.dumps(self.record, indent=1), encoding='utf-8')
 
 # %% ../../nbs/51_distillation.run.ipynb #4320c360
-OUTPUTS = ('annotations', 'annotations.csv', 'calibration.csv', 'confidence', 'soft', 'vote', 'round[0-9]*',
-    'base_*.*', 'target_*.*', 'events.jsonl', 'report.json', 'report.html', 'run.json')
-
 def _read_run(file):
     "The record in `file`, None if there is none; a `ValueError` if it cannot be read"
     if not file.is_file(): return None
@@ -84,6 +82,10 @@ def _check_same(out, asked, old):
     changed = [k for k in names if old['args'].get(k)!=asked['args'].get(k)]
     if old['data']!=asked['data']: changed.append('the data')
     if changed: raise ValueError(f'out: {out} holds a run with other {", ".join(changed)}; choose a new folder, or resume=False to start afresh')
+
+# %% ../../nbs/51_distillation.run.ipynb #a0774b9c
+OUTPUTS = ('annotations', 'annotations.csv', 'calibration.csv', 'confidence', 'soft', 'vote', 'round[0-9]*',
+    'base_*.*', 'target_*.*', 'events.jsonl', 'report.json', 'report.html', 'run.json')
 
 def _is_empty(out, old):
     "Whether the run `old` has left nothing but its record, as after an error at its start"
@@ -158,33 +160,38 @@ class EventLog:
         whole = text[:text.rfind(b'\n')+1]
         if whole!=text: self.file.write_bytes(whole)
 
-    def emit(self,
-        event:str,    # Its kind
-        stage:str='', # Its stage
-        **facts,      # By kind, as in the table above
-    ):
-        "Write an event, and print it unless the training shows the same"
-        share = self._share(event, facts)
-        time_left = self._time_left(event, share)
-        e = dict(time=round(time.time(), 3), event=event, stage=stage, **facts, share=round(share, 4), time_left=time_left)
-        with open(self.file, 'a', encoding='utf-8') as f: f.write(json.dumps(e)+'\n')
-        shown = event=='resumed' or (event=='epoch' and on_screen())  # by `fit`, or by its progress bar
-        text = '' if shown else describe_event(e)
-        if text: print(text, flush=True)
-
     def finish_training(self): self.finished = min(self.finished+1, self.trainings)
 
-    def _share(self, event, facts):
-        if event=='report': return 1.
-        part = facts['epoch']/facts['epochs'] if 'epoch' in facts else 0
-        return min(1., (self.finished+part)/self.trainings)
+# %% ../../nbs/51_distillation.run.ipynb #3cf18d51
+@patch
+def _share(self:EventLog, event, facts):
+    if event=='report': return 1.
+    part = facts['epoch']/facts['epochs'] if 'epoch' in facts else 0
+    return min(1., (self.finished+part)/self.trainings)
 
-    def _time_left(self, event, share):
-        if self.start is None or event in ('skipped', 'resumed'):  # what an earlier call has done took no time in this one
-            self.start = time.time()
-            self.first_share = share
-        done = share-self.first_share
-        return round((time.time()-self.start)/done*(1-share), 1) if done>0 else None
+@patch
+def _time_left(self:EventLog, event, share):
+    if self.start is None or event in ('skipped', 'resumed'):  # what an earlier call has done took no time in this one
+        self.start = time.time()
+        self.first_share = share
+    done = share-self.first_share
+    return round((time.time()-self.start)/done*(1-share), 1) if done>0 else None
+
+# %% ../../nbs/51_distillation.run.ipynb #420cebdc
+@patch
+def emit(self:EventLog,
+    event:str,    # Its kind
+    stage:str='', # Its stage
+    **facts,      # By kind, as in the table above
+):
+    "Write an event, and print it unless the training shows the same"
+    share = self._share(event, facts)
+    time_left = self._time_left(event, share)
+    e = dict(time=round(time.time(), 3), event=event, stage=stage, **facts, share=round(share, 4), time_left=time_left)
+    with open(self.file, 'a', encoding='utf-8') as f: f.write(json.dumps(e)+'\n')
+    shown = event=='resumed' or (event=='epoch' and on_screen())  # by `fit`, or by its progress bar
+    text = '' if shown else describe_event(e)
+    if text: print(text, flush=True)
 
 # %% ../../nbs/51_distillation.run.ipynb #4735514c
 def read_events(
@@ -196,6 +203,7 @@ def read_events(
     lines = file.read_text(encoding='utf-8').split('\n')[:-1]
     return [json.loads(o) for o in lines]
 
+# %% ../../nbs/51_distillation.run.ipynb #ed6ac14f
 class EpochEvents(Callback):
     "Emits an event after each epoch of a training"
     order = 70
