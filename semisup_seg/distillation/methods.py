@@ -52,7 +52,8 @@ def register_method(
     "Decorator that registers a function `(experiment, **options)`, which trains a student, as the method `name`"
     def _add(train):
         old = methods[name].train if name in methods else train
-        if (old.__module__, old.__qualname__)!=(train.__module__, train.__qualname__):
+        modules = {old.__module__, train.__module__} - {'__main__'}  # where a notebook runs the cell that it exports
+        if old.__qualname__!=train.__qualname__ or len(modules)>1:
             raise ValueError(f'The method {name!r} is registered already')
         methods[name] = Method(name, about, train, online)
         return train
