@@ -4,6 +4,7 @@ from base64 import b64decode
 from dataclasses import is_dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 
 from nbdev.config import get_config, nbpath2html
@@ -21,6 +22,8 @@ from fastcore.xtras import dict2obj
 root = Path(__file__).resolve().parent.parent
 NUMBERED = re.compile(r'((?:\]\(|- |href: )(?:[\w.-]+/)*)\d+[a-zA-Z0-9]*_([\w.-]+\.ipynb)')
 LINK = re.compile(r'(!?)\[((?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*)\]\(([^)\s]+)((?:\s+"[^"]*")?)\)(\{[^}\n]*\})?')
+SYMBOL_LINK = re.compile(r'\[(`[^`\n]+`)\]\([^)\n]*\)')
+LINK_TEXT = re.compile(rf'\[((?:[^\[\]\n]|{SYMBOL_LINK.pattern})+)\]\(')
 HEADING = re.compile(r'^#+ +(.+)', re.M)
 QUALIFIED = re.compile(r'\b(?:\w+\.)+(?=[A-Z])|<built-in function (?=callable>)|(?<=callable)>')
 FENCE = re.compile(r'(^```.*?^```[^\n]*\n?)', re.M|re.S)
@@ -30,9 +33,14 @@ PACKAGE = 'semisup_seg'
 class ApiSection(BasicMarkdownRenderer):
     "The section of a public object: its signature with the comments of the parameters, its docstring, a link to its source"
     def __init__(self, sym, name):
+        self.is_property = isinstance(sym, property)
         use_dataclass_comments(sym)
         super().__init__(sym, name=name)
-        if inspect.isclass(sym) and not is_dataclass(sym): self.dm.dm = constructor_docments(sym)
+        described = [self.sym]
+        if inspect.isclass(sym) and not is_dataclass(sym): described = own_constructors(sym)
+        params = docments(described[0], full=True, args_kwargs=True) if described else {}
+        hidden = ('self', 'cls', 'return') if inspect.isclass(sym) else ('self', )
+        self.dm.dm = {k: v for k,v in params.items() if k not in hidden}
 
     def source(self):
         "The address of the code, down to the line"
@@ -42,7 +50,8 @@ class ApiSection(BasicMarkdownRenderer):
     def signature(self):
         "The signature; types are named without their modules"
         lines = [l.partition(' # ') for l in str(self.dm).splitlines()]
-        return '\n'.join(QUALIFIED.sub('', code) + mark + comment for code,mark,comment in lines)
+        text = '\n'.join(QUALIFIED.sub('', code) + mark + comment for code,mark,comment in lines)
+        return f'@property\n{text}' if self.is_property else text
 
     def _repr_markdown_(self):
         link = f'[source]({self.source()}){{target="_blank" style="float:right; font-size:smaller"}}'
@@ -50,11 +59,9 @@ class ApiSection(BasicMarkdownRenderer):
         if self.docs: parts.append(f'*{self.docs.strip()}*')
         return '\n\n'.join(parts)
 
-def constructor_docments(cls):
-    "The docments of the constructor of `cls`; none if it is inherited from another library, as fastai's callbacks inherit it"
-    own = [f for f in (cls.__init__, cls.__new__) if str(getattr(f, '__module__', '')).startswith(PACKAGE)]
-    params = docments(own[0], full=True) if own else {}
-    return {k: v for k,v in params.items() if k not in ('self', 'cls', 'return')}
+def own_constructors(cls):
+    "The constructor of `cls`, unless it is inherited from another library, as fastai's callbacks inherit it"
+    return [f for f in (cls.__init__, cls.__new__) if str(getattr(f, '__module__', '')).startswith(PACKAGE)]
 
 def use_dataclass_comments(f):
     "Where `f` delegates to a dataclass, whose `__init__` has no source, let it delegate to the class itself, which has"
@@ -68,14 +75,20 @@ class ShowDocs(Processor):
     def begin(self):
         names = [c.directives_['default_exp'] for c in self.nb.cells if 'default_exp' in c.get('directives_', ())]
         self.names = vars(import_module(f'{PACKAGE}.{names[0]}')) if names else {}
+        groups = [list(g) for _,g in groupby(self.nb.cells, lambda c: bool(c.get('has_sd')))]
+        self.nb.cells = [c for g in groups for c in (g[::-1] if g[0].get('has_sd') else g)]  # nbdev has them last to first
 
     def cell(self, cell):
         call = re.search(r'^show_doc\(([\w.]+)\)', cell.source, re.M)
         if cell.cell_type!='code' or not call: return
         sym = eval(call[1], self.names)
-        private = call[1].split('.')[-1].startswith('_')
-        if private or not getattr(sym, '__module__', '').startswith(PACKAGE):  # such as a function that fastai dispatches
+        if call[1].split('.')[-1].startswith('_'):
             del cell['source']
+            return
+        home = getattr(sym.fget if isinstance(sym, property) else sym, '__module__', '')
+        if not home.startswith(PACKAGE):  # such as a function that fastai dispatches: links to it end here
+            cell.cell_type = 'markdown'
+            cell.source = f'<span id="{call[1]}"></span>'
             return
         with warnings.catch_warnings():
             warnings.simplefilter('error')
@@ -99,7 +112,8 @@ def use_processors():
     FilterDefaults.xtra_procs = lambda self: [AltTexts]
 
 def local_links(text, depth):
-    "Make the links to the published site in `text` relative, for a page `depth` folders down"
+    "Make the links to the published site in `text` relative, for a page `depth` folders down, and unpack links in links"
+    text = LINK_TEXT.sub(lambda m: '[' + SYMBOL_LINK.sub(r'\1', m[1]) + '](', text)
     return re.sub(re.escape(get_config().doc_url) + r'(?=[\w./-]+\.(?:html|svg|jpg))', '../'*depth, text)
 
 def unnumber(pages):

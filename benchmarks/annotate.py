@@ -1,20 +1,19 @@
-"""Measure the annotation: its speed beside bare forward passes, its memory, and whether its doubt is deserved.
+"""Measure the annotation: its speed beside bare forward passes, its memory, and whether the uncertainty of a vote predicts errors.
 
     pip install -e '.[bench,offline]'
     python benchmarks/annotate.py --data FOLDER
 
-`FOLDER` holds `kvasir_seg_256`, `busi_320` and `covid_ct_256`, each with `images/`, `masks/`, `codes.txt` and `groups.csv`; `splits.csv` says which image tests.
+`FOLDER` holds `kvasir_seg_256`, `busi_320` and `covid_ct_256`, each with `images/`, `masks/`, `codes.txt` and `groups.csv`; `splits.csv` names the test images.
 The figures go to `nbs/results/annotate.json`, which the benchmark's notebook reads."""
 import argparse, json, platform, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 from semisup_seg.annotation.annotate import annotate
-from semisup_seg.training.inference import opinions
 from semisup_seg.data.images import load_image, parse_codes
 from semisup_seg.data.folder import split_files
 from semisup_seg.data.loaders import resize_image, seg_dls
 from semisup_seg.training.learner import fit, seg_learner
-from semisup_seg.training.inference import load_model, save_model, probs_to_mask
+from semisup_seg.training.inference import Predictor, load_model, save_model, probs_to_mask
 from semisup_seg.models.core import build_model
 from semisup_seg.annotation.records import spearman
 from semisup_seg.annotation.views import get_views
@@ -25,7 +24,9 @@ from fastai.torch_core import set_seed
 from PIL import Image
 from splits import SETS, lay_out
 
-PARTS,FLIPS = {}, ['H Flip', 'V Flip', 'H+V Flip']
+PARTS = {}
+FLIPS = ['H Flip', 'V Flip', 'H+V Flip']
+
 def teacher(path, file, steps=300):
     "A U-Net over EfficientNet-Lite0, trained at 128 pixels, or the one that an earlier run left in `file`"
     if file.exists(): return load_model(file)
@@ -40,11 +41,16 @@ def part(f):
     return f
 
 def network(name, size):
-    "An untrained network that knows two classes and looks at `size` pixels"
+    "An untrained network for two classes and images of `size` pixels"
     torch.manual_seed(0)
     m = build_model(name).to(memory_format=torch.channels_last).eval()
     m.codes,m.size = parse_codes('rest,0\nthing,255'), (size, size)
     return m
+
+def predict_flips(m, arrays):
+    "Probabilities of the image and of its three flips, each flipped back"
+    predictor = Predictor(m.size, len(arrays))
+    return [probs for _,_,probs in predictor.predict_views([m], arrays, get_views(FLIPS))]
 
 def seconds(f, *args, **kw):
     start = time.perf_counter()
@@ -58,7 +64,7 @@ def speed(o):
     rows = []
     for name,size in (('CGNet', 256), ('FPENet', 128)):
         m = network(name, size)
-        arrays = [resize_image(load_image(f), (size, size)) for f in files]
+        arrays = [resize_image(load_image(f), m.size) for f in files]
         batches = [torch.from_numpy(np.stack([v.apply(a) for a in arrays[i:i+8]] if v else arrays[i:i+8])).movedim(-1, 1).float()/255
             for i in range(0, len(files), 8) for v in [None, *get_views(FLIPS)]]
         @torch.inference_mode()
@@ -81,10 +87,10 @@ def steps(o):
     rows = []
     for name,size in (('CGNet', 256), ('FPENet', 128)):
         m,images = network(name, size), [load_image(f) for f in files]
-        arrays = [resize_image(i, (size, size)) for i in images]
+        arrays = [resize_image(i, m.size) for i in images]
         x = torch.from_numpy(np.stack(arrays)).movedim(-1, 1).float()/255
         with torch.inference_mode():
-            logits,probs = m(x), list(opinions([m], arrays, get_views(FLIPS)))
+            logits,probs = m(x), predict_flips(m, arrays)
             def count():
                 b = VoteAccumulator()
                 for p in probs: b.add(p)
@@ -94,7 +100,7 @@ def steps(o):
             masks = [probs_to_mask(p, (256, 256))[0]*255 for p in mean]
             def write():
                 for i,k in enumerate(masks): Image.fromarray(k).save(Path(d)/f'{i}.png', compress_level=3)
-            work = {'decode': lambda: [load_image(f) for f in files], 'resize': lambda: [resize_image(i, (size, size)) for i in images],
+            work = {'decode': lambda: [load_image(f) for f in files], 'resize': lambda: [resize_image(i, m.size) for i in images],
                 'change and convert, 4 views': lambda: [torch.from_numpy(np.stack([v.apply(a) for a in arrays])).movedim(-1, 1).float()/255 for v in get_views([*FLIPS, 'H Flip'][:3])],
                 'network, 4 views': lambda: [m(x) for _ in range(4)], 'softmax, 4 views': lambda: [logits.float().softmax(1) for _ in range(4)],
                 'count the votes': count, 'agreement, entropy': lambda: (ballot.result(), entropy(mean)), 'to size, decide': lambda: [probs_to_mask(p, (256, 256)) for p in mean], 'write': write}
@@ -142,11 +148,11 @@ def ttach(o):
     "The same four flips by ttach: the largest difference in any probability, and seconds beside seconds, turn by turn"
     import ttach
     m,rows = network('CGNet', 256), []
-    arrays = [resize_image(load_image(f), (256, 256)) for f in sorted((o.data/'kvasir_seg_256/images').iterdir())[:8]]
+    arrays = [resize_image(load_image(f), m.size) for f in sorted((o.data/'kvasir_seg_256/images').iterdir())[:8]]
     theirs = ttach.SegmentationTTAWrapper(torch.nn.Sequential(m, torch.nn.Softmax(1)), ttach.Compose([ttach.HorizontalFlip(), ttach.VerticalFlip()]))
     def ours():
         b = VoteAccumulator()
-        for p in opinions([m], arrays, get_views(FLIPS)): b.add(p)
+        for p in predict_flips(m, arrays): b.add(p)
         return b.total/b.weight
     @torch.inference_mode()
     def peer(): return theirs(torch.from_numpy(np.stack(arrays)).movedim(-1, 1).float()/255)
@@ -156,7 +162,7 @@ def ttach(o):
 
 @part
 def doubt(o):
-    "Does doubt tell of errors? A teacher of 60 images on test images, calibrated on 20 others"
+    "Does uncertainty predict errors? A teacher of 60 images on test images, calibrated on 20 others"
     rows = []
     for name in SETS:
         path = lay_out(o.data/name, o.work/f'{name}-60')

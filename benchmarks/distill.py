@@ -15,8 +15,10 @@ from semisup_seg.data.folder import split_files, unlabeled_files
 from semisup_seg.data.loaders import seg_dls, standard_augment
 from semisup_seg.training.learner import fit, seg_learner
 from semisup_seg.training.inference import load_model, save_model
-from semisup_seg.distillation.recipe import EMA, GEOMETRIC_VIEWS, Again, ConfidenceThreshold, CutMix, HardLabels, MixedBatches, PseudoCallback, ViewAugment, StrongAugment, TopReliable, get_recipe, pseudo_loader, random_box
-from semisup_seg.evaluation.scores import _scores as score_mask, score_images
+from semisup_seg.distillation.batches import ConfidenceThreshold, CutMix, HardLabels, MixedBatches, PseudoCallback, StrongAugment, random_box
+from semisup_seg.distillation.recipe import EMA, GEOMETRIC_VIEWS, Recipe, TopReliable, ViewAugment, get_recipe
+from semisup_seg.evaluation.scores import score_images
+from semisup_seg.training.metrics import score_mask
 
 import numpy as np, torch
 from fastai.torch_core import set_seed
@@ -25,11 +27,11 @@ from splits import SETS, TABLE, lay_out, splits, spread
 
 NETWORKS = {'U-Net': ('U-Net', 'tf_efficientnet_lite0'), 'CGNet': ('CGNet', None)}
 VIEWS = dict(kvasir_seg_256=['H Flip', 'V Flip', 'H+V Flip'], busi_320=['H Flip'], covid_ct_256=['H Flip'])  # chosen on the validation images, see --views
-TEACHERS = 0, 1, 2  # the seeds of those who vote together
+TEACHERS = 0, 1, 2  # seeds of the teachers that vote together
 COLUMNS = 'set', 'labels', 'network', 'arm', 'seed', 'size', 'bs', 'steps', 'seconds', 'valid', 'dev', 'test', 'pseudo', 'each'
 
 class Following(PseudoCallback):
-    "Let the moving average of the student's own weights label the images, more and more, alone from the middle of the training on (Tarvainen & Valpola 2017)"
+    "Replace the pseudo-labels step by step, and wholly from half of the training on, by predictions of the moving average of the student (Tarvainen & Valpola 2017)"
     order = 2.5
     def before_fit(self): self.net = copy.deepcopy(self.model).eval().requires_grad_(False)
     def transform(self, x, p):
@@ -41,7 +43,9 @@ class Following(PseudoCallback):
 
 class Swap(Callback):
     "Exchange a box between half of the pseudo-labelled images and a labelled one each (Bai et al. 2023)"
-    order,run_valid = 6,False
+    order = 6
+    run_valid = False
+    needs_mix = True
     def __repr__(self): return 'Swap()'
     def before_batch(self):
         n,x,p = self.learn.labelled, self.x.clone(), self.y.clone()
@@ -61,7 +65,7 @@ OTHER = {  # chkstyle: ignore-node
     'data, not seen': ('data', [MixedBatches(), HardLabels(), EMA()]),
     'model, not seen': ('model', [MixedBatches(), HardLabels(), EMA()]),
     'both, not seen': ('both', [MixedBatches(), HardLabels(), EMA()]),
-    **{arm: ('data', pieces) for arm,pieces in {
+    **{arm: ('data', recipe) for arm,recipe in {
         'mix': [MixedBatches(), HardLabels()],
         'mix, soft': [MixedBatches()],
         'mix, confident': [MixedBatches(), ConfidenceThreshold(), HardLabels()],
@@ -69,7 +73,7 @@ OTHER = {  # chkstyle: ignore-node
         'mix, CutMix': [MixedBatches(), HardLabels(), CutMix()],
         'mix, EMA': [MixedBatches(), HardLabels(), EMA()],
         'mix, trusted': [TopReliable(), MixedBatches(), HardLabels()],
-        'mix, again': [MixedBatches(), HardLabels(), Again()],
+        'mix, again': Recipe(mix=MixedBatches(), callbacks=(HardLabels(),), rounds=2),
         'mix, CutMix, EMA': [MixedBatches(), HardLabels(), CutMix(), EMA()],
         'mix, soft, EMA': [MixedBatches(), EMA()],
         'mix, strong, CutMix, EMA': [MixedBatches(), HardLabels(), StrongAugment(), CutMix(), EMA()],
@@ -83,9 +87,13 @@ OTHER = {  # chkstyle: ignore-node
         'all but again': [TopReliable(), MixedBatches(), ConfidenceThreshold(), StrongAugment(), CutMix(), EMA()]}.items()}}
 ARMS = {**MAIN, **OTHER}
 
-def shown(arm, pieces):
-    "Whether the networks of an arm are trained in the views"
-    return arm.endswith(', seen') or any(isinstance(p, ViewAugment) for p in pieces)
+def recipe_of(arm):
+    "The recipe of an arm; one that changes nothing where no student is trained"
+    return get_recipe(ARMS[arm][1]) if ARMS[arm] else Recipe()
+
+def has_views(arm, recipe):
+    "Whether the networks of an arm are trained with the flips and quarter turns"
+    return arm.endswith(', seen') or recipe.augment is not None
 
 class Bench:
     "All trainings on one set with one number of labels and one network"
@@ -93,8 +101,8 @@ class Bench:
         self.o,self.name,self.labels,self.network,self.size = o,name,labels,network,(o.size, o.size)
         self.key,deal = (f'{name}, spread', spread) if o.spread else (name, splits)
         self.path,self.whole = (lay_out(o.data/name, o.work/f'{self.key}-{n}', n, o.splits, deal) for n in (labels, None))
-        self.every = len(split_files(self.whole, 'train'))//o.bs  # steps an epoch in every arm: one look at all images
-        self.epochs = round(o.steps/self.every)
+        self.every = len(split_files(self.whole, 'train'))//o.bs  # steps an epoch in every arm: one pass over all images
+        self.epochs = max(1, round(o.steps/self.every))
         self.out = o.work/f'{self.key}-{labels}-{network}-{o.size}-{o.bs}-{self.epochs*self.every}'
 
     def others(self, arm):
@@ -109,15 +117,15 @@ class Bench:
         "Pseudo-labels by the models `files`"
         return annotate(files, unlabeled_files(self.path), self.out/kind, views, self.size, soft=True, valid=split_files(self.path, 'valid'))
 
-    def pseudo(self, arm, seed, pieces):
+    def pseudo(self, arm, seed, recipe):
         "The pseudo-labels of an arm: of one teacher, of all, or of the student of an earlier arm"
-        kind,seen = ARMS[arm][0], ', seen' if shown(arm, pieces) else ''
+        kind = ARMS[arm][0]
+        seen = ', seen' if has_views(arm, recipe) else ''
         views = [] if kind=='model' else GEOMETRIC_VIEWS if seen else VIEWS[self.name]
-        if any(isinstance(p, Again) for p in pieces): ann = self.label(f'{arm}-{seed}', [self.model(arm.partition(', again')[0], seed)], views)
+        if recipe.rounds>1: ann = self.label(f'{arm}-{seed}', [self.model(arm.partition(', again')[0], seed)], views)
         elif kind=='data': ann = self.label(f'data{seen}-{seed}', [self.model(f'supervised{seen}', seed)], views)
         else: ann = self.label(f'{kind}{seen}', [self.model(f'supervised{seen}', s) for s in TEACHERS], views)
-        for p in pieces: ann = p.select(ann) if isinstance(p, TopReliable) else ann
-        return ann
+        return recipe.select.select(ann) if recipe.select else ann
 
     def truth(self, ann):
         "Mean true Dice of pseudo-labels; their truth is known here, and used for nothing else"
@@ -125,17 +133,16 @@ class Bench:
         codes = read_codes(self.path)
         return np.nanmean([score_mask(load_mask(m, codes), load_mask(t, codes), codes.names)['dice'] for m,t in pairs])
 
-    def teach(self, path, file, seed, pieces=(), ann=None, start=None, augment=standard_augment):
+    def teach(self, path, file, seed, recipe=Recipe(), ann=None, start=None, augment=standard_augment):
         "Train on the labels in `path` and on `ann`, beginning with the weights in `start`; save as `file`; what it cost and the scores, one by one on the test images"
         o = self.o
-        mix = next((p for p in pieces if isinstance(p, MixedBatches)), None)
         set_seed(seed + (1000 if ann else 0), reproducible=True)
-        n,k = mix.split(o.bs) if mix else (o.bs, 0)
-        dls = seg_dls(path, self.size, n, augment, pseudo=ann.pairs if ann and not mix else None, epoch_len=self.every*n)
-        if mix: mix.loader = pseudo_loader(ann, self.size, k, augment)
+        n,_ = recipe.batch_sizes(o.bs)
+        dls = seg_dls(path, self.size, n, augment, pseudo=ann.pairs if ann and not recipe.mix else None, epoch_len=self.every*n)
+        callbacks = recipe.make_callbacks(ann, self.size, o.bs, augment)
         learn = seg_learner(dls, *NETWORKS[self.network], pretrained=self.network=='U-Net')
         if start: learn.model.load_state_dict(load_model(start).state_dict())
-        learn.add_cbs(p for p in pieces if isinstance(p, Callback))
+        learn.add_cbs(callbacks)
         began = time.time()
         fit(learn, self.epochs, 0, o.lr)
         save_model(learn, file)
@@ -147,16 +154,18 @@ class Bench:
 
     def train(self, arm, seed):
         "Train one arm; its row"
-        pieces = get_recipe(ARMS[arm][1] if ARMS[arm] else [])
-        ann = self.pseudo(arm, seed, pieces) if ARMS[arm] else None
-        learn,row = self.teach(self.whole if arm.startswith('ceiling') else self.path, self.model(arm, seed), seed, pieces, ann,
-            self.model('supervised', seed) if arm.endswith('from the teacher') else None, ViewAugment().augment(GEOMETRIC_VIEWS, self.size) if shown(arm, pieces) else standard_augment)
+        recipe = recipe_of(arm)
+        ann = self.pseudo(arm, seed, recipe) if ARMS[arm] else None
+        path = self.whole if arm.startswith('ceiling') else self.path
+        start = self.model('supervised', seed) if arm.endswith('from the teacher') else None
+        augment = ViewAugment().augment(GEOMETRIC_VIEWS, self.size) if has_views(arm, recipe) else standard_augment
+        learn,row = self.teach(path, self.model(arm, seed), seed, recipe, ann, start, augment)
         dev = self.scores(learn, self.others(arm))
         return dict(set=self.key, labels=self.labels, network=self.network, arm=arm, seed=seed, size=self.o.size, bs=self.o.bs, **row,
             dev=f'{np.nanmean(dev):.4f}' if dev else '', pseudo=f'{self.truth(ann):.4f}' if ann else '')
 
     def views(self, arm):
-        "Rows of how the teachers of `arm` do on the validation images with each flip beside the image, with all flips, and with the quarter turns too"
+        "Dice of the teachers of `arm` on the validation images with each flip, with all flips, and with the quarter turns too"
         teachers,pairs,flips = [self.model(arm, s) for s in TEACHERS], split_files(self.path, 'valid'), GEOMETRIC_VIEWS[:3]
         return [dict(set=self.key, arm=arm, views=', '.join(v), **{f'teacher {s}': f'{d:.4f}' for s,d in zip(TEACHERS, validation_dice(teachers, pairs, self.o.bs, v))})
             for v in ([], *([f] for f in flips), flips, GEOMETRIC_VIEWS)]
@@ -184,7 +193,7 @@ def options(doc, out, steps):
     p.add_argument('--data', type=Path, required=True, help='folder of the three sets')
     p.add_argument('--work', type=Path, default=Path(tempfile.gettempdir())/'semisup_seg_bench', help='where splits, models and pseudo-labels are kept')
     p.add_argument('--out', type=Path, default=Path(__file__).parent.parent/f'nbs/results/{out}')
-    p.add_argument('--splits', type=Path, default=TABLE, help='which image tests, trains, validates; a set that it does not know is added')
+    p.add_argument('--splits', type=Path, default=TABLE, help='which image is for testing, training, validation; a set that it does not know is added')
     p.add_argument('--sets', nargs='+', default=SETS, choices=SETS)
     p.add_argument('--seeds', nargs='+', type=int, default=TEACHERS, help='of the trainings; those of the teachers that vote together are always 0, 1 and 2')
     p.add_argument('--size', type=int, default=64)

@@ -4,7 +4,7 @@
     python benchmarks/distill.py --data FOLDER --arms supervised --steps 300
     python benchmarks/suggest.py --data FOLDER
 
-The first call trains the teachers of 60 labels, whose doubt is asked. Each training adds a row to `nbs/results/suggest.csv`, and is not repeated."""
+The first call trains the teachers on 60 labels; their uncertainty guides the suggestion. Each training adds a row to `nbs/results/suggest.csv`, and is not repeated."""
 import csv, random, shutil
 from pathlib import Path
 

@@ -14,7 +14,8 @@ from semisup_seg.training.inference import Predictor, load_model, predict, save_
 from semisup_seg.annotation.records import AnnotationRecord, Annotations, merge_annotations, predict_dice, read_annotations, reliability, show_annotations, show_calibration, spearman
 from semisup_seg.annotation.voting import agreement, entropy, vote, vote_rules
 from semisup_seg.annotation.views import View, get_views, register_view, views
-from semisup_seg.annotation.batch import annotate_batch, prepare_vote
+from semisup_seg.annotation.batch import annotate_batch
+from semisup_seg.annotation.vote_setup import prepare_vote
 from semisup_seg.annotation.annotate import annotate, validation_dice, write_masks
 from semisup_seg.distillation.batches import ConfidenceThreshold, CutMix, HardLabels, MixedBatches, PseudoCallback, StrongAugment
 from semisup_seg.distillation.recipe import EMA, Recipe, TopReliable, ViewAugment, get_recipe, recipes

@@ -27,7 +27,7 @@ def dataDistillation(
     target = targetModel, targetBackbone
     return data_distillation(base, target, transforms, path, outputPath, bs=bs, size=size)
 
-# %% ../nbs/70_compat.ipynb #228738bd
+# %% ../nbs/70_compat.ipynb #6ab6ad3e
 def _pairs(models, backbones):
     "`(architecture, backbone)` of each teacher; a `ValueError` if the lists do not match"
     lists = isinstance(models, (list, tuple)) and isinstance(backbones, (list, tuple))
@@ -48,7 +48,8 @@ def modelDistillation(
 )->Result:
     "Call `model_distillation` with the arguments of version 0.0"
     bases = _pairs(baseModels, baseBackbones)
-    return model_distillation(bases, (targetModel, targetBackbone), path, outputPath, bs=bs, size=size)
+    target = targetModel, targetBackbone
+    return model_distillation(bases, target, path, outputPath, bs=bs, size=size)
 
 # %% ../nbs/70_compat.ipynb #60645d22
 def modelDataDistillation(
@@ -64,7 +65,8 @@ def modelDataDistillation(
 )->Result:
     "Call `model_data_distillation` with the arguments of version 0.0"
     bases = _pairs(baseModels, baseBackbones)
-    return model_data_distillation(bases, (targetModel, targetBackbone), transforms, path, outputPath, bs=bs, size=size)
+    target = targetModel, targetBackbone
+    return model_data_distillation(bases, target, transforms, path, outputPath, bs=bs, size=size)
 
 # %% ../nbs/70_compat.ipynb #447b3a4b
 def simpleTraining(

@@ -89,7 +89,7 @@ def test_another_seed_and_none_differ(trained_discs):
 
 def test_without_a_checkpoint_any_network_trains(trained_discs):
     learn = fresh(trained_discs)
-    learn.model.config = object()
+    learn.model.config = dict(learn.model.config, odd=object())
     fit(learn, epochs=1, **SHORT)
 
 @pytest.mark.parametrize('cuts', [[0], [4], [8], [13], [16], [4, 5, 7]])

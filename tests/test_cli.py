@@ -1,5 +1,5 @@
 "The command line: which call each command makes, a run from end to end, and one clear line for each mistake"
-import json, shutil, sys
+import json, shutil
 from inspect import signature
 from pathlib import Path
 from textwrap import dedent
@@ -9,7 +9,7 @@ import numpy as np, pytest
 from conftest import NET, make_discs, make_model, python, save, tree
 from PIL import Image
 
-import semisup_seg.annotation.annotate as A, semisup_seg.distillation.distill as D
+import semisup_seg.annotation.annotate as A, semisup_seg.distillation.distill as D, semisup_seg.distillation.methods as M
 from semisup_seg.app.cli import commands, main
 from semisup_seg.data.images import load_image
 from semisup_seg.training.inference import save_model
@@ -99,16 +99,14 @@ def test_distill_with_several_teachers_and_no_views(run, spy):
     run(*'distill a b --base PAN x --base CGNet --views'.split())
     assert named(calls[0])==dict(DEFAULT, bases=[('PAN', 'x'), ('CGNet', None)], target=LITE, views=[], path='a', out='b', recipe='default')
 
-def test_online_calls_online_training(run, monkeypatch):
-    calls = []
-    def online_training(method, target, path, out, **options):
-        calls.append((method, target, path, out, options))
-        return SimpleNamespace(report='the report', out=Path('out'))
-    monkeypatch.setitem(sys.modules, 'semisup_seg.distillation.methods', SimpleNamespace(online_training=online_training))
+def test_online_calls_online_training(run, spy):
+    calls = spy(M, 'online_training')
     code,out,_ = run('online', 'data', 'out')
     assert code==0 and 'the report' in out
     run('online', 'data', 'out', '--method', 'FixMatch', '--network', 'CGNet', '--seed', 3)
-    assert calls==[('Mean Teacher', LITE, 'data', 'out', DEFAULT), ('FixMatch', ('CGNet', None), 'data', 'out', dict(DEFAULT, seed=3))]
+    where = dict(path='data', out='out')
+    assert named(calls[0])==dict(DEFAULT, method='Mean Teacher', target=LITE, **where)
+    assert named(calls[1])==dict(DEFAULT, method='FixMatch', target=('CGNet', None), **where, seed=3)
 
 def test_predict_calls_write_masks(run, spy):
     calls = spy(A, 'write_masks', ['a mask', 'another'])

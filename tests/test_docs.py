@@ -193,6 +193,11 @@ def test_no_page_shows_a_warning_or_a_machine_path(texts):
         shown = re.findall(r'\w+Warning: .*|site-packages.*', text) + MACHINE_PATH.findall(text)
         assert not shown, f'{name}: {shown}'
 
+def test_links_are_drawn_as_links(texts):
+    for name,text in texts.items():
+        raw = re.findall(r'\]\([\w./-]+\.(?:ipynb|html)[^)]*\)', text)
+        assert not raw, f'{name}: links that are no links: {raw}'
+
 def test_callbacks_show_their_own_arguments_only(texts):
     assert 'def EpochLogger():' in texts['training.learner.html']
     inherited = {n for n,text in texts.items() if re.search(r'\bafter_cancel_fit\b.*=None', text)}
@@ -200,6 +205,8 @@ def test_callbacks_show_their_own_arguments_only(texts):
 
 def test_fields_of_a_dataclass_are_explained(texts):
     for name in ('app.job.html', 'app.form.html'): assert "teachers:tuple=('U-Net',), # " in texts[name]
+
+def test_properties_have_a_section(texts): assert '@property\ndef bases()->list:' in texts['app.job.html']
 
 def test_private_parts_are_no_sections(site):
     private = [f'{p.name}: {a}' for p in site.rglob('*.html') for a in Links(p).anchors if re.search(r'(^|\.)_', a)]

@@ -1,5 +1,6 @@
 "Training follows its schedule, keeps its best epoch, and shows what fastai's learners show"
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -193,6 +194,7 @@ def drawn(learn, **kw):
     return res
 
 def test_results_are_image_truth_prediction(tmp_path):
+    import_module('fastai.vision.all')  # also where all of fastai is imported after this package
     root = make_discs(tmp_path/'d', valid=5)
     names = ['image', 'truth', 'prediction']
     learn = seg_learner(seg_dls(root, SIZE, bs=5), *SMALL_NET)

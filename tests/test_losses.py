@@ -3,10 +3,10 @@ from types import SimpleNamespace
 
 import matplotlib.pyplot as plt, pytest, segmentation_models_pytorch as smp, torch, torch.nn.functional as F
 from conftest import SIZE, SMALL_NET
-from fastai.interpret import Interpretation, SegmentationInterpretation
 from fastai.layers import NoneReduce
 from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
 from fastai.torch_core import set_seed
+from fastai.vision.all import Interpretation, SegmentationInterpretation
 
 from semisup_seg.core import IGNORE
 from semisup_seg.data.loaders import seg_dls
@@ -140,4 +140,4 @@ def test_probabilities_are_for_the_own_loss_alone():
     soft = logits.softmax(1)
     assert isinstance(prepared(CEDiceLoss(), logits, soft), CEDiceLoss)
     for loss,_ in own_losses():
-        with pytest.raises(ValueError, match='the target has probabilities .* only CEDiceLoss takes them'): prepared(loss, logits, soft)
+        with pytest.raises(ValueError, match='the target has probabilities.* only CEDiceLoss takes them'): prepared(loss, logits, soft)

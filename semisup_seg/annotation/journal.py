@@ -28,7 +28,9 @@ class ImageJob:
     write:bool=True # Write a mask; False for a validation image, which is only scored
 
     @property
-    def key(self): return str(self.image), str(self.label) if self.label else None
+    def key(self):
+        "What tells the jobs of a call apart: an image may be annotated, and be a validation image too"
+        return str(self.image), self.write
 
 # %% ../../nbs/33_annotation.journal.ipynb #b447c0ce
 def mask_names(
@@ -38,8 +40,10 @@ def mask_names(
     count = Counter(f.stem.casefold() for f in files)
     names = {}
     for f in files:
-        digest = hashlib.sha256(f.resolve().as_posix().encode()).hexdigest()[:8]
-        names[f] = f'{f.stem}-{digest}.png' if count[f.stem.casefold()]>1 else f'{f.stem}.png'
+        path = f.resolve().as_posix()
+        digest = hashlib.sha256(path.encode()).hexdigest()[:8]
+        repeated = count[f.stem.casefold()]>1
+        names[f] = f'{f.stem}-{digest}.png' if repeated else f'{f.stem}.png'
     return names
 
 # %% ../../nbs/33_annotation.journal.ipynb #4dbae88d
@@ -49,15 +53,26 @@ def file_stamp(
     *files:str|Path, # Files; None and missing ones are left out
 )->list:
     "Size and modification time of `files`, which change when a file does"
-    stats = [Path(f).stat() for f in files if f and Path(f).is_file()]
-    return [n for s in stats for n in (s.st_size, s.st_mtime_ns)]
+    stamp = []
+    for f in files:
+        if not f or not Path(f).is_file(): continue
+        s = Path(f).stat()
+        stamp += [s.st_size, s.st_mtime_ns]
+    return stamp
 
+# %% ../../nbs/33_annotation.journal.ipynb #339d0bdb
 def _read_journal(file):
     "Settings, names of masks and records of a journal; an incomplete last line is dropped"
     try: head,*lines = file.read_text(encoding='utf-8').split('\n')[:-1]
     except (OSError, ValueError): return None, [], []
     head = json.loads(head)
-    return head['asked'], head['names'], [AnnotationRecord(**json.loads(o)) for o in lines]
+    records = [AnnotationRecord(**json.loads(o)) for o in lines]
+    return head['asked'], head['names'], records
+
+def _job_key(record):
+    "The key of the job that `record` belongs to: only the record of a validation image has a label and no mask"
+    write = bool(record.mask) or not record.label
+    return record.image, write
 
 # %% ../../nbs/33_annotation.journal.ipynb #5162dcbd
 class AnnotationJournal:
@@ -91,6 +106,11 @@ class AnnotationJournal:
 
 # %% ../../nbs/33_annotation.journal.ipynb #2b5c0e26
 @patch
+def _files(self:AnnotationJournal):
+    folders = [self.out/d for d in FOLDERS if (self.out/d).is_dir()]
+    return [f for d in folders for f in d.iterdir() if f!=self.file]
+
+@patch
 def check_ownership(self:AnnotationJournal,
     names:set, # Names of the masks that earlier calls wrote
 ):
@@ -105,30 +125,27 @@ def check_ownership(self:AnnotationJournal,
         if f.suffix!=FOLDERS[f.parent.name] or stem not in own:
             raise ValueError(f'{f.parent}: holds {f.name!r}, which no run has written; choose another folder')
 
+# %% ../../nbs/33_annotation.journal.ipynb #0234ea6f
 @patch
 def is_current(self:AnnotationJournal,
     record:AnnotationRecord, # Of an earlier call
 )->bool:
     "Whether `record` belongs to a job, and neither its files nor its mask have changed"
-    job = self.jobs.get((record.image, record.label))
+    job = self.jobs.get(_job_key(record))
     if job is None or record.stamp!=file_stamp(job.image, job.label): return False
-    written = job.write and not record.error
-    if record.mask!=(f'annotations/{self.names[job.image]}' if written else ''): return False
-    return not written or (self.out/record.mask).is_file()
+    label = str(job.label) if job.label else None
+    if record.label!=label and not record.error: return False
+    if record.error or not job.write: return not record.mask
+    return record.mask==f'annotations/{self.names[job.image]}' and (self.out/record.mask).is_file()
 
-# %% ../../nbs/33_annotation.journal.ipynb #d6b50d23
-@patch
-def _files(self:AnnotationJournal):
-    folders = [self.out/d for d in FOLDERS if (self.out/d).is_dir()]
-    return [f for d in folders for f in d.iterdir() if f!=self.file]
-
+# %% ../../nbs/33_annotation.journal.ipynb #84040057
 @patch
 def _take_over(self:AnnotationJournal, records, rows):
     "Keep the `records` that still hold, with what `rows` of the table say of them"
     for r in records:
         if not self.is_current(r): continue
-        row = rows.get(r.image, r)
-        self.records[r.image, r.label] = replace(r, used=row.used, judgement=row.judgement)
+        row = rows.get(r.image, r) if r.mask else r
+        self.records[_job_key(r)] = replace(r, used=row.used, judgement=row.judgement, extra=row.extra)
 
 @patch
 def _start_file(self:AnnotationJournal, head):
@@ -183,16 +200,18 @@ def save(self:PartialVotes,
     _save_array(self._file(batch, k, 'total.npy'), votes.total)
     for what in ('total.npy', 'labels.npy', 'facts.json'): self._file(batch, k-1, what).unlink(missing_ok=True)
 
+# %% ../../nbs/33_annotation.journal.ipynb #c21184c7
 @patch
 def load(self:PartialVotes,
     batch:str, # Name of the batch
     k:int,     # Index of the teacher that voted last
     votes,     # The `VoteAccumulator` to fill
+    device='cpu', # Where the next teacher votes
 )->list:       # `scores`, as they were saved
     "Fill `votes` with those of the teachers up to `k`"
     total,labels = (np.load(self._file(batch, k, f'{what}.npy'), mmap_mode='c') for what in ('total', 'labels'))
     facts = json.loads(self._file(batch, k, 'facts.json').read_text(encoding='utf-8'))
-    votes.total = torch.from_numpy(total)
-    votes.labels = list(torch.from_numpy(labels))
+    votes.total = torch.from_numpy(total).to(device)
+    votes.labels = list(torch.from_numpy(labels).to(device))
     votes.weight = facts['weight']
     return facts['scores']

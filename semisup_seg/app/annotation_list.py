@@ -7,7 +7,7 @@ Docs: https://semisup-seg.github.io/semisup_seg/app.annotation_list.html.md"""
 # %% auto #0
 __all__ = ['SHOWN', 'ALL', 'SUGGESTED', 'ORDERS', 'sort_ids', 'AnnotationList']
 
-# %% ../../nbs/64_app.annotation_list.ipynb #d4365640
+# %% ../../nbs/64_app.annotation_list.ipynb #5b989fd3
 from pathlib import Path
 
 from ..data.folder import split_files
@@ -17,7 +17,7 @@ from ..annotation.suggest import suggest
 
 from fastcore.basics import patch
 
-# %% ../../nbs/64_app.annotation_list.ipynb #d9fccd4b
+# %% ../../nbs/64_app.annotation_list.ipynb #ef5b81a9
 def sort_ids(
     rows:list, # `AnnotationRecord`s
     ids:list,  # Indices into `rows`
@@ -28,7 +28,7 @@ def sort_ids(
     measure = reliability(rows)
     return sorted(ids, key=lambda i: getattr(rows[i], measure), reverse=order=='most trusted first')
 
-# %% ../../nbs/64_app.annotation_list.ipynb #d0c7990c
+# %% ../../nbs/64_app.annotation_list.ipynb #0d7ba035
 SHOWN = {'to judge': '', 'accepted': 'accepted', 'rejected': 'rejected', 'in training': 'in training'}
 ALL = 'all'
 SUGGESTED = 'worth labelling'
@@ -57,7 +57,7 @@ class AnnotationList:
         "File name of the image of annotation `i`"
         return Path(self.review.rows[i].image).name
 
-# %% ../../nbs/64_app.annotation_list.ipynb #a73815c0
+# %% ../../nbs/64_app.annotation_list.ipynb #23fc9196
 @patch
 def refresh(self:AnnotationList,
     current:int=None, # Index of the annotation to stay at, if it is shown
@@ -69,14 +69,14 @@ def refresh(self:AnnotationList,
     if current in self.ids: self.position = self.ids.index(current)
     else: self.step(0)
 
-# %% ../../nbs/64_app.annotation_list.ipynb #b0bc7016
+# %% ../../nbs/64_app.annotation_list.ipynb #06bf9167
 @patch
 def step(self:AnnotationList, n:int):
     "Go `n` annotations on, at most to the end of the list"
     last = max(len(self.ids)-1, 0)
     self.position = min(max(self.position+n, 0), last)
 
-# %% ../../nbs/64_app.annotation_list.ipynb #0f206acd
+# %% ../../nbs/64_app.annotation_list.ipynb #6e8d1d95
 @patch(as_prop=True)
 def page(self:AnnotationList):
     "Number of the current page, from 0"
@@ -87,14 +87,14 @@ def pages(self:AnnotationList):
     "Number of pages"
     return -(-len(self.ids)//self.per_page)
 
-# %% ../../nbs/64_app.annotation_list.ipynb #2b0a228b
+# %% ../../nbs/64_app.annotation_list.ipynb #0fba5525
 @patch(as_prop=True)
 def on_page(self:AnnotationList):
     "Indices of the annotations on the current page"
     start = self.page*self.per_page
     return self.ids[start:start+self.per_page]
 
-# %% ../../nbs/64_app.annotation_list.ipynb #d36bfafd
+# %% ../../nbs/64_app.annotation_list.ipynb #f90fbba4
 @patch
 def turn(self:AnnotationList, n:int):
     "Go `n` pages on, to the first annotation of the page"
@@ -106,7 +106,7 @@ def select(self:AnnotationList, k:int):
     "Make annotation `k` of the current page the current one"
     self.position = self.page*self.per_page + k
 
-# %% ../../nbs/64_app.annotation_list.ipynb #65abb94f
+# %% ../../nbs/64_app.annotation_list.ipynb #3b48e501
 @patch
 def judge(self:AnnotationList,
     judgement:str, # 'accepted' or 'rejected'
@@ -120,7 +120,7 @@ def judge(self:AnnotationList,
     is_last = self.current in (i, None)
     return f'{self.name(i)} {judgement}.' + (' That was the last of this list.' if is_last else '')
 
-# %% ../../nbs/64_app.annotation_list.ipynb #6c2f28b6
+# %% ../../nbs/64_app.annotation_list.ipynb #a632be70
 @patch
 def undo(self:AnnotationList)->str: # The sentence to show
     "Take back the last step and go to its annotation"
@@ -130,7 +130,7 @@ def undo(self:AnnotationList)->str: # The sentence to show
     what = f'{len(changed)} images' if len(changed)>1 else self.name(changed[0])
     return f'Taken back: {what}.'
 
-# %% ../../nbs/64_app.annotation_list.ipynb #47dd8ac2
+# %% ../../nbs/64_app.annotation_list.ipynb #9a78cfb5
 @patch
 def move(self:AnnotationList)->str: # The sentence to show
     "Move the accepted images to the training images, their masks to the labels"
@@ -142,7 +142,7 @@ def move(self:AnnotationList)->str: # The sentence to show
     if len(faults)>3: sentences.append(f'… {len(faults)} in all.')
     return ' '.join(sentences)
 
-# %% ../../nbs/64_app.annotation_list.ipynb #d2f87e4a
+# %% ../../nbs/64_app.annotation_list.ipynb #a88d1070
 @patch
 def suggest(self:AnnotationList,
     n:int, # Number of images

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from ipywidgets import HTML, BoundedIntText, GridBox, IntSlider, Layout, VBox, link
 from IPython import get_ipython
 
-# %% ../../nbs/61_app.browser.ipynb #e58bc0f1
+# %% ../../nbs/61_app.browser.ipynb #f673690c
 def describe(
     listing:AnnotationList, # Its current annotation is described
 )->str:                     # HTML
@@ -30,9 +30,11 @@ def describe(
     measures = [(k.replace('_', ' '), getattr(r, k)) for k in ('agreement', 'confidence', 'predicted_dice')]
     numbers = ', '.join(f'{name} {value:.3f}' for name,value in measures if value is not None)
     name = html.escape(listing.name(listing.current))
-    return f'<b>{name}</b> ({listing.position+1} of {len(listing.ids)}): {numbers}. {r.judgement.capitalize() or "Not judged yet"}.'
+    place = f'{listing.position+1} of {len(listing.ids)}'
+    judgement = r.judgement.capitalize() or 'Not judged yet'
+    return f'<b>{name}</b> ({place}): {numbers}. {judgement}.'
 
-# %% ../../nbs/61_app.browser.ipynb #4fae4763
+# %% ../../nbs/61_app.browser.ipynb #5890a626
 class Pictures(VBox):
     "The current annotation: image, mask and confidence side by side, and the opacity of the mask"
     def __init__(self,
@@ -47,7 +49,7 @@ class Pictures(VBox):
         self.alpha.observe(lambda _: self.draw(), 'value')
         super().__init__([self.shown, row(self.alpha, self.slider)])
 
-# %% ../../nbs/61_app.browser.ipynb #0a14f0db
+# %% ../../nbs/61_app.browser.ipynb #0560c3fb
 @patch
 def draw(self:Pictures):
     "Show the current annotation"
@@ -55,7 +57,7 @@ def draw(self:Pictures):
     if i is None: self.shown.value = '<p>Nothing to show in this list.</p>'
     else: self.shown.value = describe(self.listing) + figures(self.listing.review, i, self.alpha.value/100)
 
-# %% ../../nbs/61_app.browser.ipynb #89f52155
+# %% ../../nbs/61_app.browser.ipynb #9f2d4110
 MARKS = {'': '', 'accepted': '✓ ', 'rejected': '✗ ', 'in training': '★ '}
 
 def draw_slot(
@@ -70,7 +72,7 @@ def draw_slot(
     select.description = MARKS[r.judgement] + Path(r.image).stem
     select.button_style = 'primary' if i==listing.current else ''
 
-# %% ../../nbs/61_app.browser.ipynb #1a07c4c8
+# %% ../../nbs/61_app.browser.ipynb #c5296524
 class Thumbnails(VBox):
     "A page of small pictures, and buttons to turn it"
     def __init__(self,
@@ -86,7 +88,7 @@ class Thumbnails(VBox):
         grid = GridBox(self.slots, layout=Layout(grid_template_columns='repeat(auto-fill, minmax(8rem, 1fr))'))
         super().__init__([row(self.previous, self.next, self.page), grid])
 
-# %% ../../nbs/61_app.browser.ipynb #eccf7bd9
+# %% ../../nbs/61_app.browser.ipynb #8d900c5d
 @patch
 def draw(self:Thumbnails):
     "Show the current page"
@@ -96,7 +98,7 @@ def draw(self:Thumbnails):
     for k,slot in enumerate(self.slots): slot.layout.display = 'flex' if k<len(ids) else 'none'
     for slot,i in zip(self.slots, ids): draw_slot(slot, listing, i)
 
-# %% ../../nbs/61_app.browser.ipynb #d05c50f9
+# %% ../../nbs/61_app.browser.ipynb #8e771f2f
 def filter_menus(
     listing:AnnotationList, # What is shown
     act,                    # Called with a function and its arguments when an entry is chosen
@@ -106,7 +108,8 @@ def filter_menus(
         if getattr(listing, field)==value: return
         setattr(listing, field, value)
         act(listing.refresh, listing.current)
-    show = menu('Show', [*SHOWN, ALL, SUGGESTED], partial(_choose, 'show'))
+    choices = [*SHOWN, ALL, SUGGESTED]
+    show = menu('Show', choices, partial(_choose, 'show'))
     order = menu('Order', ORDERS, partial(_choose, 'order'))
     return [show, order]
 
@@ -139,7 +142,8 @@ class Browser(VBox):
         self.show,self.order = filter_menus(listing, self.act)
         judging = judging_buttons(listing, self.act)
         self.accept,self.reject,self.undo,self.previous,self.next = judging
-        self.move = button('Move accepted into Labels/train', 'Accepted masks become labels', lambda: self.act(listing.move))
+        tip = 'Accepted masks become labels, their images training images'
+        self.move = button('Move accepted into Labels/train', tip, lambda: self.act(listing.move))
         self.suggest = button('Suggest what to label', 'List the images whose labelling would help most', self._suggest)
         self.n = BoundedIntText(10, min=1, max=1000, description='How many', layout=Layout(width='11rem'))
         super().__init__([self.notice, row(self.show, self.order, self.summary), row(*judging), self.message,
@@ -162,7 +166,7 @@ def act(self:Browser,
     self.message.value = status(message)
     self.draw()
 
-# %% ../../nbs/61_app.browser.ipynb #04828a41
+# %% ../../nbs/61_app.browser.ipynb #a5fd9595
 @patch
 def draw(self:Browser):
     "Update everything on the screen"
@@ -174,11 +178,12 @@ def draw(self:Browser):
     self.pictures.draw()
     self.thumbnails.draw()
 
-# %% ../../nbs/61_app.browser.ipynb #4a1892b0
+# %% ../../nbs/61_app.browser.ipynb #78aaac99
 @patch
 def _repr_mimebundle_(self:Browser, **kw):
     if getattr(get_ipython(), 'kernel', None): return super(Browser, self)._repr_mimebundle_(**kw)
-    return {'text/plain': self.summary.value, 'text/html': f'<div>{self.summary.value}</div>{self.pictures.shown.value}'}
+    summary = self.summary.value
+    return {'text/plain': summary, 'text/html': f'<div>{summary}</div>{self.pictures.shown.value}'}
 
 # %% ../../nbs/61_app.browser.ipynb #d3438012
 def browse(

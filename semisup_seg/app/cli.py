@@ -21,7 +21,7 @@ def arg(
     "Describe an argument of a command"
     return names, kw
 
-# %% ../../nbs/63_app.cli.ipynb #e9bae6d3
+# %% ../../nbs/63_app.cli.ipynb #119b89b8
 def command(
     *args, # Arguments, each from `arg`
 ):
@@ -47,7 +47,7 @@ def parser()->argparse.ArgumentParser:
         s.set_defaults(func=f)
     return p
 
-# %% ../../nbs/63_app.cli.ipynb #9f9dbe24
+# %% ../../nbs/63_app.cli.ipynb #6fab5b48
 def main(
     argv:list=None, # Arguments; those of the process if None
 )->int:             # Exit status: 0, 2 after a user's mistake, 130 when interrupted
@@ -70,7 +70,6 @@ def _print_result(res):
     "Print the report of a run and where its page is"
     print(f'\n{res.report}\n\nThe whole report, with pictures: {res.out/"report.html"}')
 
-# %% ../../nbs/63_app.cli.ipynb #647180c3
 @command(arg('--out', default='demo', help='folder for the data and the results (demo)'))
 def _demo(o):
     "distil a better model from the embedded brain sample"
@@ -81,9 +80,10 @@ def _demo(o):
     path = brain_slices(out/'data', n_labelled=2)
     net = 'U-Net', 'tf_efficientnet_lite0'
     schedule = dict(size=(128, 128), epochs=9, freeze_epochs=1, lr=3e-3)
-    _print_result(data_distillation(net, net, ['H Flip', 'Gamma'], path, out/'results', **schedule))
+    res = data_distillation(net, net, ['H Flip', 'Gamma'], path, out/'results', **schedule)
+    _print_result(res)
 
-# %% ../../nbs/63_app.cli.ipynb #e3905383
+# %% ../../nbs/63_app.cli.ipynb #94b3ffc3
 @command(DATA)
 def _check(o):
     "look through a data set folder and name every fault"
@@ -103,7 +103,7 @@ TRAINING = (  # chkstyle: ignore-node
     arg('--scratch', action='store_true', help='start from random weights'),
     arg('--fresh', action='store_true', help='start afresh where OUT holds an earlier run'))
 
-# %% ../../nbs/63_app.cli.ipynb #cf46ac72
+# %% ../../nbs/63_app.cli.ipynb #0ad5e4de
 def _options(o):
     "The keywords of a routine from the arguments in `TRAINING`"
     schedule = {k: getattr(o, k) for k in ('bs', 'epochs', 'freeze_epochs', 'lr', 'seed')}
@@ -129,9 +129,12 @@ def _views(o):
 def _train(o):
     "train a network on the labelled images alone"
     from semisup_seg.distillation.distill import simple_training
-    _print_result(simple_training(_pair(o.network), o.data, o.out, _views(o), **_options(o)))
+    network = _pair(o.network)
+    views = _views(o)
+    res = simple_training(network, o.data, o.out, views, **_options(o))
+    _print_result(res)
 
-# %% ../../nbs/63_app.cli.ipynb #f50d3315
+# %% ../../nbs/63_app.cli.ipynb #95f5d636
 @command(DATA, OUT,
     arg('--base', action='append', **dict(NETWORK, default=None),
         help='a teacher; repeat it for several (U-Net tf_efficientnet_lite0)'),
@@ -141,40 +144,45 @@ def _train(o):
 def _distill(o):
     "train teachers, annotate the unlabelled images by their vote, train a student on all images"
     from semisup_seg.distillation.distill import data_distillation, distill
-    bases = [_pair(b) for b in o.base or [NETWORK['default']]]
-    where = _pair(o.target), _views(o), o.data, o.out
+    words = o.base or [NETWORK['default']]
+    bases = [_pair(w) for w in words]
+    target = _pair(o.target)
+    views = _views(o)
     options = dict(_options(o), recipe=o.recipe)
-    if len(bases)==1: res = data_distillation(bases[0], *where, **options)
-    else: res = distill(bases, *where, **options)
+    if len(bases)==1: res = data_distillation(bases[0], target, views, o.data, o.out, **options)
+    else: res = distill(bases, target, views, o.data, o.out, **options)
     _print_result(res)
 
-# %% ../../nbs/63_app.cli.ipynb #af02acf7
+# %% ../../nbs/63_app.cli.ipynb #e99b7376
 @command(DATA, OUT, arg('--method', default='Mean Teacher', help='name of a registered method (Mean Teacher)'),
     arg('--network', **NETWORK), *TRAINING)
 def _online(o):
     "train on labelled and unlabelled images at once, by a method such as Mean Teacher"
     from semisup_seg.distillation.methods import online_training
-    _print_result(online_training(o.method, _pair(o.network), o.data, o.out, **_options(o)))
+    network = _pair(o.network)
+    res = online_training(o.method, network, o.data, o.out, **_options(o))
+    _print_result(res)
 
 # %% ../../nbs/63_app.cli.ipynb #63f52ba8
-WINDOW = arg('--window', type=int, metavar='PIXELS', help='cut images with a longer side into overlapping windows of this side (never)')
+WINDOW = arg('--window', type=int, metavar='PIXELS',
+    help='cut images with a longer side into overlapping windows of this side (never)')
 BS = arg('--bs', type=int, default=8, help='images per batch (8)')
 
 def _one_or_many(images): return images[0] if len(images)==1 else images
 
-# %% ../../nbs/63_app.cli.ipynb #c8aa0e7e
 @command(arg('model', help='a .pth file of a run, its .json beside it'),
     arg('images', nargs='+', help='image files, or one folder'),
     arg('--out', required=True, help='folder for the masks'), BS, WINDOW)
 def _predict(o):
     "write the masks that a model predicts"
     from semisup_seg.annotation.annotate import write_masks
-    files = write_masks(o.model, _one_or_many(o.images), o.out, o.bs, o.window)
+    images = _one_or_many(o.images)
+    files = write_masks(o.model, images, o.out, o.bs, o.window)
     print(f'{len(files)} masks in {o.out}')
 
 # %% ../../nbs/63_app.cli.ipynb #288ed5ea
 VOTING = (  # chkstyle: ignore-node
-    arg('--size', type=int, nargs=2, metavar=('H', 'W'), help='height and width to predict at, pixels (those of the training)'),
+    arg('--size', type=int, nargs=2, metavar=('H', 'W'), help='height and width to predict at, pixels (as in training)'),
     arg('--vote', default='mean', help='rule of the vote: mean, majority or geometric (mean)'),
     arg('--valid', metavar='DATA', help='a data set folder: predict the Dice score of each mask from its validation images'),
     arg('--weigh', action='store_true', help='weight each model by its Dice score on the validation images'),
@@ -182,7 +190,7 @@ VOTING = (  # chkstyle: ignore-node
     arg('--confidence', action='store_true', help='also write maps of the confidence, 8-bit PNG'),
     arg('--soft', action='store_true', help='also write the probabilities, uint8 arrays'))
 
-# %% ../../nbs/63_app.cli.ipynb #bb0677f2
+# %% ../../nbs/63_app.cli.ipynb #cc8a92d5
 def _validation_pairs(o):
     "Image and label of each validation image that `annotate` was given"
     from semisup_seg.data.folder import split_files
@@ -191,7 +199,7 @@ def _validation_pairs(o):
     if o.weigh and not pairs: raise ValueError('--weigh needs --valid, a data set whose validation images give the weights')
     return pairs
 
-# %% ../../nbs/63_app.cli.ipynb #6a3740fa
+# %% ../../nbs/63_app.cli.ipynb #b0e9ae24
 @command(arg('models', nargs='+', help='.pth files of runs: the teachers'),
     arg('--images', nargs='+', required=True, help='image files, or one folder'),
     arg('--out', required=True, help='folder for annotations/ and annotations.csv'),
@@ -201,9 +209,12 @@ def _annotate(o):
     from semisup_seg.annotation.annotate import annotate, validation_dice
     valid = _validation_pairs(o)
     weights = validation_dice(o.models, valid, o.bs) if o.weigh else None
-    options = dict(size=tuple(o.size) if o.size else None, bs=o.bs, vote=o.vote, weights=weights, valid=valid,
-        together=not o.in_turn, window=o.window, confidence=o.confidence, soft=o.soft)
-    print(annotate(o.models, _one_or_many(o.images), o.out, _views(o), **options))
+    size = tuple(o.size) if o.size else None
+    outputs = dict(confidence=o.confidence, soft=o.soft)
+    images = _one_or_many(o.images)
+    views = _views(o)
+    ann = annotate(o.models, images, o.out, views, size, o.bs, o.vote, weights, valid, not o.in_turn, o.window, **outputs)
+    print(ann)
 
 # %% ../../nbs/63_app.cli.ipynb #57bc953c
 @command(arg('outs', nargs='+', metavar='OUT', help='folders of two or more finished runs; the gain is over the first'))
@@ -212,9 +223,11 @@ def _compare(o):
     from semisup_seg.evaluation.compare import compare_runs
     print(compare_runs(*o.outs))
 
-# %% ../../nbs/63_app.cli.ipynb #25cc4ea1
+# %% ../../nbs/63_app.cli.ipynb #d19e8ac2
 @command()
 def _networks(o):
     "list the networks: idea, encoder, cost, speed"
     from semisup_seg.models.cost import more_networks, network_table
-    print(f'{network_table()}\n\nAlso by name: {", ".join(more_networks())}')
+    others = ', '.join(more_networks())
+    print(network_table())
+    print(f'\nAlso by name: {others}')

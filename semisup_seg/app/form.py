@@ -22,7 +22,7 @@ from .widgets import GREEN, alert, button, row, status
 
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from ipywidgets import HTML, BoundedIntText, Checkbox, Combobox, Dropdown, SelectMultiple, Text, VBox
+from ipywidgets import HTML, BoundedFloatText, BoundedIntText, Checkbox, Combobox, Dropdown, SelectMultiple, Text, VBox
 
 # %% ../../nbs/62_app.form.ipynb #a8552cf3
 _WIDE = dict(style=dict(description_width='10rem'), layout=dict(width='min(44rem, 98%)'))
@@ -34,7 +34,7 @@ def _menu(kind, label, value, about, **kw):
     options = [(f'{name}: {text}', name) for name,text in about.items()]
     return _field(kind, label, value, options=options, **kw)
 
-# %% ../../nbs/62_app.form.ipynb #fb623bc4
+# %% ../../nbs/62_app.form.ipynb #a955fcbf
 NUMBERS = dict(  # chkstyle: ignore-node
     each=('Teachers per network', 1, 5), size=('Side, pixels', 32, 2048), bs=('Images per batch', 2, 512),
     epochs=('Epochs', 1, 1000), freeze_epochs=('Epochs before, frozen', 0, 100), seed=('Seed', 0, 2**31-1))
@@ -65,24 +65,29 @@ def menu_fields(
     teachers = [_choose(t, ideas, 'network') for t in plan.teachers]
     active = [v.name for v in get_views(plan.views)]
     changes = {name: view.apply.__doc__ for name,view in views.items()}
-    fields = dict(routine=_menu(Dropdown, 'Routine', _choose(plan.routine, ROUTINES, 'routine'), ROUTINES))
+    target = _choose(plan.target, ideas, 'network')
+    routine = _choose(plan.routine, ROUTINES, 'routine')
+    recipe = _choose(plan.recipe, RECIPES, 'recipe')
+    fields = {}
+    fields['routine'] = _menu(Dropdown, 'Routine', routine, ROUTINES)
     fields['teachers'] = _menu(SelectMultiple, 'Teachers', teachers, ideas, rows=10)
-    fields['target'] = _menu(Dropdown, 'Student', _choose(plan.target, ideas, 'network'), ideas)
+    fields['target'] = _menu(Dropdown, 'Student', target, ideas)
     fields['encoder'] = _field(Combobox, 'Encoder', plan.encoder, options=ENCODERS)
     fields['views'] = _menu(SelectMultiple, 'Views', active, changes, rows=8)
-    fields['recipe'] = _menu(Dropdown, 'Recipe', _choose(plan.recipe, RECIPES, 'recipe'), RECIPES)
+    fields['recipe'] = _menu(Dropdown, 'Recipe', recipe, RECIPES)
     return fields
 
-# %% ../../nbs/62_app.form.ipynb #4e5a6414
+# %% ../../nbs/62_app.form.ipynb #78cdb6eb
 def plan_fields(
     plan:Plan, # What the fields hold at first
 )->dict:       # `{name of a field of the plan: widget}`, in the order of the form
     "Make a widget for each field of a plan"
     data = _field(Text, 'Data set folder', plan.data)
     out = _field(Text, 'Results folder', plan.out)
+    lr = _field(BoundedFloatText, 'Learning rate, or 0', plan.lr, min=0, max=1, tooltip='0: found by a trial run')
     scratch = _field(Checkbox, 'Start from random weights', plan.scratch)
     fresh = _field(Checkbox, 'Throw away an earlier run in the results folder', plan.fresh)
-    return dict(data=data, out=out, **menu_fields(plan), **number_fields(plan), scratch=scratch, fresh=fresh)
+    return dict(data=data, out=out, **menu_fields(plan), **number_fields(plan), lr=lr, scratch=scratch, fresh=fresh)
 
 # %% ../../nbs/62_app.form.ipynb #4ff15036
 class RunForm(VBox):
@@ -106,7 +111,7 @@ class RunForm(VBox):
         for w in self.fields.values(): w.observe(lambda _: self.update(), 'value')
         self.update()
 
-# %% ../../nbs/62_app.form.ipynb #fbd96824
+# %% ../../nbs/62_app.form.ipynb #709a33f7
 @patch(as_prop=True)
 def plan(self:RunForm)->Plan:
     "What the fields hold"
@@ -122,7 +127,7 @@ def update(self:RunForm):
     try: self.command.value = self.plan._repr_html_()
     except ValueError as e: self.command.value = html.escape(str(e))
 
-# %% ../../nbs/62_app.form.ipynb #b0567253
+# %% ../../nbs/62_app.form.ipynb #ad7c8fd2
 @patch
 def _try(self:RunForm, f):
     "Call `f`; show a user's mistake as an answer"
@@ -150,7 +155,7 @@ def _start(self:RunForm):
     self.thread = threading.Thread(target=self._follow, args=[job], daemon=True)
     self.thread.start()
 
-# %% ../../nbs/62_app.form.ipynb #0d7a1882
+# %% ../../nbs/62_app.form.ipynb #afebb5f6
 @patch
 def _follow(self:RunForm, job):
     "Show how far `job` has come until it ends, then its report or why there is none"

@@ -46,11 +46,12 @@ class Plan:
     bs:int=8               # Images per batch
     epochs:int=20          # Epochs with all weights trained
     freeze_epochs:int=2    # Epochs before that with the encoder frozen
+    lr:float=0             # Highest learning rate; 0: found by a trial run
     seed:int=42            # Makes the result repeatable on one machine
     scratch:bool=False     # Start from random weights
     fresh:bool=False       # Start afresh where `out` holds an earlier run
 
-# %% ../../nbs/60_app.job.ipynb #b19702f1
+# %% ../../nbs/60_app.job.ipynb #83babcac
 @patch
 def pair(self:Plan, name:str)->tuple: # `(architecture, backbone)`
     "The network `name` with its backbone"
@@ -65,7 +66,7 @@ def bases(self:Plan)->list:
     each = self.each if 'model' in self.routine else 1
     return [self.pair(name) for name in self.teachers for _ in range(each)]
 
-# %% ../../nbs/60_app.job.ipynb #41b53a5e
+# %% ../../nbs/60_app.job.ipynb #c12b2e54
 @patch(as_prop=True)
 def active_views(self:Plan)->list:
     "Names of the views that vote"
@@ -81,7 +82,7 @@ def _check_teachers(plan):
         raise ValueError(f'{routine} has two teachers or more; {n} is chosen. Choose another, or several of the same.')
     if 'data' in plan.routine and not plan.views: raise ValueError(f'{routine} needs at least one view.')
 
-# %% ../../nbs/60_app.job.ipynb #391c9e75
+# %% ../../nbs/60_app.job.ipynb #1ac1301d
 @patch
 def check(self:Plan)->DatasetSummary:
     "Check everything the run needs; a `ValueError` says why it cannot start"
@@ -93,7 +94,7 @@ def check(self:Plan)->DatasetSummary:
     size = self.size, self.size
     return check_run(self.bases, self.pair(self.target), self.active_views, self.data, self.out, size, not self.scratch)[-1]
 
-# %% ../../nbs/60_app.job.ipynb #508dba13
+# %% ../../nbs/60_app.job.ipynb #a992cb58
 def _words(pair): return [word for word in pair if word]
 
 @patch
@@ -106,15 +107,16 @@ def argv(self:Plan)->list: # Strings
     else: args = ['train', self.data, self.out, '--network', *_words(self.pair(self.target))]
     args += ['--size', str(self.size), str(self.size), '--bs', str(self.bs), '--epochs', str(self.epochs)]
     args += ['--freeze-epochs', str(self.freeze_epochs), '--seed', str(self.seed)]
+    if self.lr: args += ['--lr', str(self.lr)]
     if self.scratch: args.append('--scratch')
     if self.fresh: args.append('--fresh')
     return args
 
-# %% ../../nbs/60_app.job.ipynb #881b388e
+# %% ../../nbs/60_app.job.ipynb #02436926
 @patch
 def _repr_html_(self:Plan):
     command = html.escape(shlex.join(['semisup-seg', *self.argv()]))
-    return f'<pre style="white-space:pre-wrap">{command}</pre>'
+    return f'<pre style="white-space:pre-wrap;word-break:normal">{command}</pre>'
 
 # %% ../../nbs/60_app.job.ipynb #3fc43c34
 class Progress:
@@ -135,14 +137,14 @@ class Progress:
         left = f', {format_seconds(self.time_left)} left' if self.time_left else ''
         return f'{self.share:.0%}, {self.stage}{left}'
 
-# %% ../../nbs/60_app.job.ipynb #0b5317a3
+# %% ../../nbs/60_app.job.ipynb #89c9f0a8
 def _score_table(epochs):
     "Scores on the validation images, a line per epoch"
     names = list(epochs[-1]['scores'])
     lines = [[f'{e["epoch"]} of {e["epochs"]}', *(f'{e["scores"][n]:.3f}' for n in names)] for e in epochs[-8:]]
     return Table([['epoch', *(n.replace('_', ' ') for n in names)], *lines])
 
-# %% ../../nbs/60_app.job.ipynb #959e64a1
+# %% ../../nbs/60_app.job.ipynb #24a0b773
 @patch
 def _repr_html_(self:Progress):
     bar = f'<progress value="{self.share:.4f}" aria-label="Share of the run that is done" style="width:min(24rem, 100%)"></progress>'
@@ -181,7 +183,7 @@ class Job:
         "How far the run has come"
         return Progress(self.events)
 
-# %% ../../nbs/60_app.job.ipynb #31f4cb36
+# %% ../../nbs/60_app.job.ipynb #b35decca
 @patch(as_prop=True)
 def running(self:Job)->bool:
     "Whether the run is going on"
@@ -192,7 +194,7 @@ def done(self:Job)->bool:
     "Whether the run has come to its report"
     return self.process.poll()==0
 
-# %% ../../nbs/60_app.job.ipynb #99e07ced
+# %% ../../nbs/60_app.job.ipynb #6db9c713
 @patch(as_prop=True)
 def error(self:Job)->str:
     "Why the run ended early, the last line it printed; empty if it did not"
@@ -202,7 +204,7 @@ def error(self:Job)->str:
     spoken = [line for line in lines if line.strip()]
     return spoken[-1] if spoken else f'the run ended with status {self.process.poll()} and no message'
 
-# %% ../../nbs/60_app.job.ipynb #10ed2821
+# %% ../../nbs/60_app.job.ipynb #793d7e6e
 @patch
 def follow(self:Job,
     seconds:float=0.5, # Between two looks at the file
@@ -217,7 +219,7 @@ def follow(self:Job,
         if not running: return
         time.sleep(seconds)
 
-# %% ../../nbs/60_app.job.ipynb #18b3553d
+# %% ../../nbs/60_app.job.ipynb #f3ec0b5c
 @patch
 def stop(self:Job):
     "Interrupt the run; the same plan resumes after the last finished epoch"

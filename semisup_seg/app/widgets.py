@@ -7,7 +7,7 @@ Docs: https://semisup-seg.github.io/semisup_seg/app.widgets.html.md"""
 # %% auto #0
 __all__ = ['GREEN', 'button', 'menu', 'row', 'alert', 'status', 'figures', 'thumbnail']
 
-# %% ../../nbs/65_app.widgets.ipynb #99e59f1e
+# %% ../../nbs/65_app.widgets.ipynb #9b6099ce
 import html
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..annotation.review import Review
 import matplotlib.pyplot as plt, numpy as np
 from ipywidgets import Button, Dropdown, HBox, Layout
 
-# %% ../../nbs/65_app.widgets.ipynb #11766af0
+# %% ../../nbs/65_app.widgets.ipynb #742d8b06
 GREEN = dict(button_color='#2e7d32', text_color='white')
 
 def button(
@@ -34,7 +34,7 @@ def button(
     b.on_click(lambda _: act())
     return b
 
-# %% ../../nbs/65_app.widgets.ipynb #c0d9adb0
+# %% ../../nbs/65_app.widgets.ipynb #195adb53
 def menu(
     label:str,    # Stands before the menu
     options:list, # Its entries; the first is chosen
@@ -45,12 +45,12 @@ def menu(
     w.observe(lambda change: act(change['new']), 'value')
     return w
 
-# %% ../../nbs/65_app.widgets.ipynb #3eadc91c
+# %% ../../nbs/65_app.widgets.ipynb #44e7b933
 def row(*children)->HBox:
     "Put widgets side by side"
     return HBox(children, layout=Layout(flex_flow='row wrap'))
 
-# %% ../../nbs/65_app.widgets.ipynb #a93f90fd
+# %% ../../nbs/65_app.widgets.ipynb #9e66cbfa
 def alert(text:str)->str: # HTML
     "Mark a message as an error"
     lines = html.escape(str(text)).replace('\n', '<br>')
@@ -60,7 +60,7 @@ def status(text:str)->str: # HTML
     "Mark a message as news"
     return f'<div role="status">{html.escape(str(text))}</div>'
 
-# %% ../../nbs/65_app.widgets.ipynb #a68f1600
+# %% ../../nbs/65_app.widgets.ipynb #cd22119e
 def _figure(picture, alt, caption):
     "A picture with its caption, or the reason why there is none"
     if isinstance(picture, str): shown = f'<p>{html.escape(picture)}</p>'
@@ -68,7 +68,7 @@ def _figure(picture, alt, caption):
     style = 'margin:0;flex:1 1 10rem;max-width:24rem'
     return f'<figure style="{style}">{shown}<figcaption>{html.escape(caption)}</figcaption></figure>'
 
-# %% ../../nbs/65_app.widgets.ipynb #14622aa4
+# %% ../../nbs/65_app.widgets.ipynb #0835dd35
 def _overlay_or_reason(image, mask, alpha=0.55):
     "The mask over its image, or the reason why there is none"
     for o in (image, mask):
@@ -76,7 +76,7 @@ def _overlay_or_reason(image, mask, alpha=0.55):
     if image.shape[:2]!=mask.shape: return 'image and mask differ in size'
     return overlay(image, mask, alpha)
 
-# %% ../../nbs/65_app.widgets.ipynb #0aefc7cf
+# %% ../../nbs/65_app.widgets.ipynb #e1fe81b0
 def _confidence_map(file):
     "The map in colours, uint8 `(h, w, 3)`, or why there is none"
     if not file.is_file(): return 'This run has kept no map; annotate(…, confidence=True) does.'
@@ -96,11 +96,11 @@ def figures(
     confidence = _confidence_map(review.ann.out/'confidence'/Path(r.mask).name)
     parts = _figure(image, f'The image {name}', 'image')
     parts += _figure(_overlay_or_reason(image, mask, alpha), f'The mask of {name} over it', 'mask')
-    parts += _figure(confidence, 'The confidence of each pixel', 'confidence: bright is certain')
+    parts += _figure(confidence, 'The confidence of each pixel', 'confidence: bright is sure')
     legend = ' '.join(class_swatch(k, n).html for k,n in enumerate(review.codes.names))
     return f'<div style="display:flex;flex-wrap:wrap;gap:.6rem">{parts}</div><div>{legend}</div>'
 
-# %% ../../nbs/65_app.widgets.ipynb #b55c013e
+# %% ../../nbs/65_app.widgets.ipynb #b0c7ba49
 @lru_cache(256)
 def _thumbnail(image, mask, codes, stamp):
     "Cached until the modification time `stamp` of the mask changes"

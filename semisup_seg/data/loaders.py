@@ -17,6 +17,7 @@ os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # albumentations asks th
 
 with warnings.catch_warnings():
     warnings.simplefilter('ignore', FutureWarning)  # torch's own notice about a decorator in fastai
+    import fastai.vision.learner  # chkstyle: ignore  # its `show_results` must be registered before the one below
     from fastai.data.block import DataBlock, TransformBlock
     from fastai.data.core import DataLoaders, ItemTransform, Transform
     from fastai.data.transforms import IntToFloatTensor
@@ -122,7 +123,8 @@ class SegMask(PILMask):
 
 # %% ../../nbs/04_data.loaders.ipynb #a040000f
 class ReadResized(Transform):
-    "Read an image file at `size`; with `codes`, a label file"
+    "Read an image file at `size`, or what `load_image` takes besides; with `codes`, a label file"
+    input_types = str, Path, np.ndarray, Image.Image  # what fastai's `Learner.predict` hands to it
     def __init__(self,
         size:tuple,            # `(height, width)`, pixels
         codes:Codes=None,      # The classes of label files; None to read images
@@ -133,9 +135,11 @@ class ReadResized(Transform):
         self.codes = codes
         if self.cache.size!=check_size(size): raise ValueError(f'cache is of size {self.cache.size}; expected {size}')
 
-    def encodes(self, o:Path):
+    def encodes(self, o:str|Path):
         if self.codes is None: return PILImage.create(self.cache.image(o)[0])
         return SegMask(Image.fromarray(self.cache.mask(o, self.codes)))
+
+    def encodes(self, o:np.ndarray|Image.Image): return PILImage.create(resize_image(load_image(o), self.cache.size))
 
 # %% ../../nbs/04_data.loaders.ipynb #5a1e0b22
 @dispatch

@@ -52,6 +52,7 @@ class ReadSoftLabels(ItemTransform):
         beyond = total>1.5*IGNORE  # where the transform filled in IGNORE for every class
         return TensorImage(x), TensorBase(torch.where(beyond, 0, probs/total.clamp_min(1)))
 
+# %% ../../nbs/54_distillation.batches.ipynb #e3ce1dad
 def _loader(items, transform, bs):
     "Batches of `items`, repeated until they fill a batch, shuffled"
     items = items*(1+(bs-1)//len(items))
@@ -92,8 +93,10 @@ def unlabeled_loader(
     augment=standard_augment, # Makes the albumentations transform
     cache=None, # An `ImageCache` through which images are read
 )->TfmdDL:      # Batches of images `(n, 3, h, w)` in 0–1
-    "Unlabelled images, augmented"
-    return _loader(list(files), ReadUnlabeled(size, augment(), cache), bs)
+    "Unlabelled images, augmented; a `ValueError` if there are none"
+    files = [Path(f) for f in files]
+    if not files: raise ValueError('files: no unlabelled images')
+    return _loader(files, ReadUnlabeled(size, augment(), cache), bs)
 
 def endless(
     loader:TfmdDL, # Its order is drawn anew for each pass
@@ -132,7 +135,7 @@ class MixedBatches:
         n = min(max(round(bs*self.share), 1), bs-1)
         return bs-n, n
 
-    def add_to(self, recipe): return recipe.replace(mix=self)
+    def add_to(self, recipe): return recipe.add(mix=self)
 
 # %% ../../nbs/54_distillation.batches.ipynb #3a7fcb66
 class PseudoCallback(Callback):
@@ -188,6 +191,7 @@ def random_box(
     box_w = min(w, max(1, round(w*area**0.5/stretch)))
     return random.randrange(h-box_h+1), random.randrange(w-box_w+1), box_h, box_w
 
+# %% ../../nbs/54_distillation.batches.ipynb #2ef8ee69
 class CutMix(PseudoCallback):
     "Paste a box from another pseudo-labelled image into half of them"
     order = 5

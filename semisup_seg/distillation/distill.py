@@ -41,7 +41,7 @@ def evaluate_views(
     "Warn of views that make the teachers worse on the validation images"
     alone = dice['image']
     for view,score in dice.items():
-        if score>=alone-0.01: continue
+        if not score<alone-0.01: continue  # also where no validation image has a structure, and both are nan
         x.events.emit('warning', text=f'{view}: with this view the teachers score {score:.3f} on the validation images, {alone:.3f} without; does it suit these images?')
 
 # %% ../../nbs/53_distillation.distill.ipynb #e1bdd777
@@ -55,8 +55,9 @@ def train_target(
     labelled,_ = recipe.batch_sizes(x.bs)
     for k in range(1, recipe.rounds+1):
         out = x.out if k==recipe.rounds else x.out/f'round{k}'
+        voted = x.run.done(x.run.stage(out/'annotations'))
         ann,facts = x.annotate(out, voters, unlabeled_files(x.path), valid=split_files(x.path, 'valid'), confidence=True, soft=recipe.mix is not None)
-        if x.views: evaluate_views(x, facts['views'])
+        if x.views and not voted: evaluate_views(x, facts['views'])
         chosen = recipe.select.select(ann) if recipe.select else ann
         pseudo = None if recipe.mix else chosen.pairs
         callbacks = partial(recipe.make_callbacks, chosen, x.size, x.bs, x.augment, x.cache)

@@ -98,25 +98,36 @@ class Experiment:
     augment:callable=standard_augment # Makes the albumentations transform of the training images
     images:int=None # Images per epoch; None: the labelled ones
 
-    def images_per_epoch(self,
-        labelled:int, # Labelled images in a batch
-    )->int:
-        "All images, or more where fewer labelled ones per batch need more batches"
-        n = self.summary.counts['train']
-        batches = -(-n//labelled)
-        return max(n+self.summary.counts.get('unlabeled', 0), batches*self.bs)
+# %% ../../nbs/52_distillation.experiment.ipynb #f6a5bb24
+@patch
+def total_epochs(self:Experiment,
+    pair:tuple, # `(architecture, backbone)`
+)->int:
+    "How many epochs a training of `pair` takes; the encoder is frozen at first where it has pretrained weights"
+    frozen = self.schedule['freeze_epochs'] if self.pretrained and pair[1] else 0
+    return frozen+self.schedule['epochs']
 
-    def new_learner(self,
-        pair:tuple,        # `(architecture, backbone)`
-        labelled:int=None, # Labelled images in a batch; None: all
-        pseudo:dict=None,  # `{image: mask}` of pseudo-labels that count as labels
-        pretrained=False,  # As in `build_model`
-    )->Learner:
-        "An untrained `Learner` for the data of the run"
-        n = labelled or self.bs
-        epoch_len = self.images and max(self.images//self.bs, 1)*n
-        dls = seg_dls(self.path, self.size, n, self.augment, pseudo=pseudo, epoch_len=epoch_len, cache=self.cache)
-        return seg_learner(dls, *pair, pretrained=pretrained if pair[1] else False)
+@patch
+def images_per_epoch(self:Experiment,
+    labelled:int, # Labelled images in a batch
+)->int:
+    "All images, or more where fewer labelled ones per batch need more batches"
+    n = self.summary.counts['train']
+    batches = -(-n//labelled)
+    return max(n+self.summary.counts.get('unlabeled', 0), batches*self.bs)
+
+@patch
+def new_learner(self:Experiment,
+    pair:tuple,        # `(architecture, backbone)`
+    labelled:int=None, # Labelled images in a batch; None: all
+    pseudo:dict=None,  # `{image: mask}` of pseudo-labels that count as labels
+    pretrained=False,  # As in `build_model`
+)->Learner:
+    "An untrained `Learner` for the data of the run"
+    n = labelled or self.bs
+    epoch_len = self.images and max(self.images//self.bs, 1)*n
+    dls = seg_dls(self.path, self.size, n, self.augment, pseudo=pseudo, epoch_len=epoch_len, cache=self.cache)
+    return seg_learner(dls, *pair, pretrained=pretrained if pair[1] else False)
 
 # %% ../../nbs/52_distillation.experiment.ipynb #fadf374d
 @patch
@@ -130,9 +141,10 @@ def train(self:Experiment,
 )->Path:                # `file`
     "Train a network as a stage of the run, unless that is done"
     stage = self.run.stage(file)
-    if self.run.done(stage): self.events.emit('skipped', stage)
-    else: self._train_stage(stage, file, pair, seed, labelled, pseudo, make_callbacks)
+    done = self.run.done(stage)
+    if not done: self._train_stage(stage, file, pair, seed, labelled, pseudo, make_callbacks)
     self.events.finish_training()
+    if done: self.events.emit('skipped', stage)
     return file
 
 @patch
@@ -141,7 +153,7 @@ def _train_stage(self:Experiment, stage, file, pair, seed, labelled, pseudo, mak
     set_seed(seed, reproducible=True)  # first: the loaders draw their own seed when they are made
     callbacks = make_callbacks()
     learn = self.new_learner(pair, labelled, pseudo, self.pretrained)
-    epochs = self.schedule['epochs'] + (self.schedule['freeze_epochs'] if learn.pretrained else 0)
+    epochs = self.total_epochs(pair)
     self.events.emit('stage', stage, steps=len(learn.dls.train), epochs=epochs)
     checkpoint = file.with_suffix('.checkpoint')
     callbacks = [*callbacks, EpochEvents(self.events, stage, epochs)]
@@ -176,6 +188,7 @@ def annotate(self:Experiment,
     self.run.finish(stage, images=len(ann), seconds=round(time.time()-start, 1), **_voter_facts(ann, len(voters)))
     return ann, self.run.done(stage)
 
+# %% ../../nbs/52_distillation.experiment.ipynb #0ca6da3a
 def _voter_facts(ann, n):
     "What the records of labelled images say of the voters: means on validation images, scores on annotated ones"
     facts = {}

@@ -38,6 +38,7 @@ class MeanTeacher(EMA):
         decay:float=0.99,  # α: part of the teacher that a step keeps, 0–1
         weight:float=10.,  # Of the consistency cost after the ramp
         ramp:float=0.4,    # Part of the training over which the weight rises, 0–1
+        epochs:int=None,   # Of the whole training, with frozen encoder and without; None: those of one `learn.fit`
     ):
         super().__init__(decay)
         check_positive(weight=weight)
@@ -45,6 +46,7 @@ class MeanTeacher(EMA):
         self.loader = loader
         self.weight = weight
         self.ramp = ramp
+        self.epochs = epochs
         self.noise = strong_colors()
 
     def before_fit(self):
@@ -84,7 +86,8 @@ def after_loss(self:MeanTeacher):
     "Add the consistency cost"
     if not self.training: return
     cost = F.mse_loss(self.answer.float().softmax(1), self.target)
-    done = (self.epoch + self.iter/self.n_iter)/self.n_epoch
+    before = len(self.learn.history) if self.epochs else 0
+    done = (before + self.epoch + self.iter/self.n_iter)/(self.epochs or self.n_epoch)
     self.learn.loss_grad = self.loss_grad + self.weight*ramp_up(done/self.ramp)*cost
     self.learn.loss = self.loss_grad.clone()
 
@@ -101,6 +104,6 @@ def mean_teacher(x,
     x.images = x.images_per_epoch(labelled)
     def _callbacks():
         loader = unlabeled_loader(unlabeled_files(x.path), x.size, unlabelled, x.augment, x.cache)
-        return [MeanTeacher(loader, decay, weight, ramp)]
+        return [MeanTeacher(loader, decay, weight, ramp, x.total_epochs(x.target))]
     file = model_file(x.out, 'target', x.target)
     return Trained(x.train(file, x.target, x.seed, labelled, make_callbacks=_callbacks))

@@ -9,6 +9,7 @@ __all__ = ['methods', 'Method', 'Trained', 'register_method', 'Result', 'run_met
 
 # %% ../../nbs/56_distillation.methods.ipynb #742c0771
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 
 from ..annotation.records import Annotations
@@ -49,7 +50,8 @@ def register_method(
 ):
     "Decorator that registers a function `(experiment, **options)`, which trains a student, as the method `name`"
     def _add(train):
-        if name in methods and methods[name].train.__qualname__!=train.__qualname__:
+        old = methods[name].train if name in methods else train
+        if (old.__module__, old.__qualname__)!=(train.__module__, train.__qualname__):
             raise ValueError(f'The method {name!r} is registered already')
         methods[name] = Method(name, about, train, online)
         return train
@@ -87,12 +89,12 @@ def run_method(
 )->Result:
     "Check, train by `method`, score on the test images, and report"
     method = lookup(method, methods, 'method')
+    options = _check_options(method, options or {})
     check_positive(lr=1. if lr is None else lr)
     check_numbers(bs=(bs, 2), epochs=(epochs, 1), freeze_epochs=(freeze_epochs, 0), seed=(seed, 0))
     unlabeled = True if method.online else None
     bases,target,views,size,summary = check_run(bases, target, views, path, out, size, pretrained, unlabeled)
     schedule = dict(epochs=epochs, freeze_epochs=freeze_epochs, lr=lr)
-    options = options or {}
     asked = dict(method=method.name, bases=bases, target=target, views=views, bs=bs, size=size, **schedule, seed=seed,
         pretrained=_as_json(pretrained), **{k: _as_json(v) for k,v in options.items()})
     run = open_run(out, asked, fingerprint(path), resume)
@@ -100,6 +102,10 @@ def run_method(
         EventLog(run.out, trainings), ImageCache(size))
     trained = method.train(x, **options)
     return _evaluate(x, trained)
+
+def _check_options(method, options):
+    known = {name: name for name in [*signature(method.train).parameters][1:]}
+    return {lookup(k, known, f'option of {method.name}'): v for k,v in options.items()}
 
 def _as_json(o): return o if o is None or isinstance(o, (bool, int, float, str)) else str(o)
 
@@ -111,8 +117,8 @@ def _evaluate(x, trained):
     learn.history = x.run.done(x.run.stage(trained.student))['history']
     _,pairs = evaluation_files(x.path)
     vote,facts = None,{}
-    if trained.teachers:
-        vote,facts = x.annotate(x.out/'vote', list(trained.teachers.values()), [i for i,_ in pairs], labels=dict(pairs))
+    voters = list(trained.teachers.values())
+    if voters: vote,facts = x.annotate(x.out/'vote', voters, [i for i,_ in pairs], labels=dict(pairs))
     scores,masks = _score_student(x, learn, trained, pairs)
     report = _make_report(x, trained, learn, vote, facts.get('scores', {}), scores, masks)
     x.events.emit('report', file=str(save_report(report, x.out)))

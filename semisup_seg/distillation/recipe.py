@@ -38,7 +38,7 @@ class TopReliable:
         rows = [dataclasses.replace(r, used=r.used and r.image in keep) for r in ann.rows]
         return Annotations(ann.out, rows, ann.checked)
 
-    def add_to(self, recipe): return recipe.replace(select=self)
+    def add_to(self, recipe): return recipe.add(select=self)
 
 # %% ../../nbs/50_distillation.recipe.ipynb #911dc517
 GEOMETRIC_VIEWS = ['H Flip', 'V Flip', 'H+V Flip', 'Rotate 90', 'Rotate 270']
@@ -59,7 +59,7 @@ class ViewAugment:
         usable = [v for v in views if v.is_geometric and view_size(v, size)==tuple(size)]
         return partial(standard_augment, usable)
 
-    def add_to(self, recipe): return recipe.replace(augment=self)
+    def add_to(self, recipe): return recipe.add(augment=self)
 
 # %% ../../nbs/50_distillation.recipe.ipynb #e65c3e6c
 class EMA(Callback):
@@ -122,11 +122,19 @@ class Recipe:
         rounds = [f'rounds={self.rounds}'] if self.rounds>1 else []
         return ', '.join([*map(repr, pieces), *rounds]) or 'naive'
 
-    def replace(self, **changes):
-        "The same recipe with some fields changed; a `ValueError` where a field was set already"
-        for k in changes:
-            if k!='callbacks' and getattr(self, k) is not None: raise ValueError(f'recipe: {self} holds a piece twice')
-        return dataclasses.replace(self, **changes)
+    def replace(self,
+        **fields, # New values
+    ):
+        "The same recipe with other `fields`"
+        return dataclasses.replace(self, **fields)
+
+    def add(self,
+        **piece, # `select`, `augment` or `mix`
+    ):
+        "The same recipe with one more `piece`; a `ValueError` where its place is taken"
+        for k in piece:
+            if getattr(self, k) is not None: raise ValueError(f'recipe: {self} holds a piece twice')
+        return self.replace(**piece)
 
 # %% ../../nbs/50_distillation.recipe.ipynb #2f49fad2
 @patch
@@ -157,8 +165,8 @@ def _from_pieces(pieces):
     recipe = Recipe()
     callbacks = []
     for p in pieces:
-        if hasattr(p, 'add_to'): recipe = p.add_to(recipe)
-        elif isinstance(p, Callback): callbacks.append(p)
+        if isinstance(p, Callback): callbacks.append(p)
+        elif hasattr(p, 'add_to') and not isinstance(p, type): recipe = p.add_to(recipe)
         else: raise ValueError(f'recipe: {p!r} is not a piece of a recipe')
     return recipe.replace(callbacks=tuple(callbacks))
 

@@ -65,28 +65,34 @@ class Run:
         with atomic(self.file) as f: f.write_text(json.dumps(self.record, indent=1), encoding='utf-8')
 
 # %% ../../nbs/51_distillation.run.ipynb #4320c360
-OUTPUTS = ('annotations', 'annotations.csv', 'calibration.csv', 'confidence', 'soft', 'vote', 'round1',
-    'events.jsonl', 'report.json', 'report.html', 'run.json')
+OUTPUTS = ('annotations', 'annotations.csv', 'calibration.csv', 'confidence', 'soft', 'vote', 'round[0-9]*',
+    'base_*.*', 'target_*.*', 'events.jsonl', 'report.json', 'report.html', 'run.json')
 
 def _read_run(file):
     "The record in `file`, None if there is none; a `ValueError` if it cannot be read"
     if not file.is_file(): return None
     try: old = json.loads(file.read_text(encoding='utf-8'))
     except ValueError: old = {}
-    if not {'args', 'data', 'stages'} <= set(old): raise ValueError(f'{file}: is not the record of a run; choose a new folder')
+    known = isinstance(old, dict) and {'args', 'data', 'stages'}<=old.keys()
+    if not known: raise ValueError(f'{file}: is not the record of a run; choose a new folder')
     return old
 
 def _check_same(out, asked, old):
     "Refuse to resume the run `old` with other arguments or data"
     asked = json.loads(json.dumps(asked))
-    changed = [k for k,v in asked['args'].items() if old['args'].get(k)!=v]
+    names = dict.fromkeys([*asked['args'], *old['args']])
+    changed = [k for k in names if old['args'].get(k)!=asked['args'].get(k)]
     if old['data']!=asked['data']: changed.append('the data')
     if changed: raise ValueError(f'out: {out} holds a run with other {", ".join(changed)}; choose a new folder, or resume=False to start afresh')
 
+def _is_empty(out, old):
+    "Whether the run `old` has left nothing but its record, as after an error at its start"
+    return old['stages'].keys()=={'start'} and [f.name for f in out.iterdir()]==['run.json']
+
 def _delete_outputs(out):
-    for f in [out/o for o in OUTPUTS] + [*out.glob('base_*.*'), *out.glob('target_*.*')]:
+    for f in [f for pattern in OUTPUTS for f in out.glob(pattern)]:
         if f.is_dir(): shutil.rmtree(f)
-        else: f.unlink(missing_ok=True)
+        else: f.unlink()
 
 # %% ../../nbs/51_distillation.run.ipynb #0fab22d7
 def open_run(
@@ -101,7 +107,7 @@ def open_run(
     old = _read_run(run.file)
     if old is None and out.is_dir() and any(not f.name.endswith('-run.json') for f in out.iterdir()):
         raise ValueError(f'out: {out} holds files that no run has written; choose a new folder')
-    if old and resume:
+    if old and resume and not _is_empty(out, old):
         _check_same(out, run.asked, old)
         for f in out.rglob('.[0-9]*-*'): f.unlink()  # half-written when the run was killed
         run.record = old
@@ -118,11 +124,12 @@ def format_seconds(s:float)->str:
 
 def describe_event(
     e:dict, # From `read_events`
-)->str:     # Empty for an event that has no line
+)->str:     # Empty for an event of another kind
     "One line of text for an event, as the terminal prints it"
     stage = e['stage']
     if e['event']=='stage': return f'{stage}: training, {e["epochs"]} epochs of {e["steps"]} steps'
     if e['event']=='skipped': return f'{stage}: finished already'
+    if e['event']=='resumed': return f'{stage}: going on after epoch {e["epoch"]} of {e["epochs"]}'
     if e['event']=='annotation': return f'{stage}: {e["images"]} images, {e["votes"]} votes each'
     if e['event']=='warning': return e['text']
     if e['event']=='report': return f'report: {e["file"]}'
@@ -142,28 +149,38 @@ class EventLog:
         self.trainings = trainings
         self.finished = 0  # trainings
         self.start = self.first_share = None
+        self._drop_incomplete_line()
+
+    def _drop_incomplete_line(self):
+        "Remove what a run that was killed has written of its last event"
+        if not self.file.is_file(): return
+        text = self.file.read_bytes()
+        whole = text[:text.rfind(b'\n')+1]
+        if whole!=text: self.file.write_bytes(whole)
 
     def emit(self,
         event:str,    # Its kind
         stage:str='', # Its stage
         **facts,      # By kind, as in the table above
     ):
-        "Write an event, and print it where no progress bar shows the same"
+        "Write an event, and print it unless the training shows the same"
         share = self._share(event, facts)
-        e = dict(time=round(time.time(), 3), event=event, stage=stage, **facts, share=round(share, 4), time_left=self._time_left(share))
+        time_left = self._time_left(event, share)
+        e = dict(time=round(time.time(), 3), event=event, stage=stage, **facts, share=round(share, 4), time_left=time_left)
         with open(self.file, 'a', encoding='utf-8') as f: f.write(json.dumps(e)+'\n')
-        text = describe_event(e)
-        if text and not (event=='epoch' and on_screen()): print(text, flush=True)
+        shown = event=='resumed' or (event=='epoch' and on_screen())  # by `fit`, or by its progress bar
+        text = '' if shown else describe_event(e)
+        if text: print(text, flush=True)
 
     def finish_training(self): self.finished = min(self.finished+1, self.trainings)
 
     def _share(self, event, facts):
         if event=='report': return 1.
-        part = facts['epoch']/facts['epochs'] if event=='epoch' else 0
+        part = facts['epoch']/facts['epochs'] if 'epoch' in facts else 0
         return min(1., (self.finished+part)/self.trainings)
 
-    def _time_left(self, share):
-        if self.start is None:
+    def _time_left(self, event, share):
+        if self.start is None or event in ('skipped', 'resumed'):  # what an earlier call has done took no time in this one
             self.start = time.time()
             self.first_share = share
         done = share-self.first_share
@@ -190,6 +207,13 @@ class EpochEvents(Callback):
         self.log = log
         self.stage = stage
         self.epochs = epochs
+        self.begun = False
+
+    def before_epoch(self):
+        if hasattr(self.learn, 'lr_finder'): return
+        done = len(self.learn.history)+self.epoch
+        if done and not self.begun: self.log.emit('resumed', self.stage, epoch=done, epochs=self.epochs)
+        self.begun = True
 
     def after_epoch(self):
         if hasattr(self.learn, 'lr_finder'): return

@@ -1,4 +1,4 @@
-"""Which of several runs did better, on the same images, and whether the difference is more than chance.
+"""Tables of several runs on the same test images: mean scores, paired gains over the first run, and how each run was made.
 
 Docs: https://semisup-seg.github.io/semisup_seg/evaluation.compare.html.md"""
 
@@ -13,67 +13,143 @@ from pathlib import Path
 
 from ..display import Displayable, Table
 from .page import total_seconds
-from .report import format_interval, describe_gain, read_report
+from .report import NO_TEST_SET, format_interval, describe_gain, read_report
 from .scores import bootstrap_interval
 
-import numpy as np
+from fastcore.basics import patch
 
-# %% ../../nbs/42_evaluation.compare.ipynb #d319674d
-def _how(name, s):
-    "What the settings `s` say of how a run was made"
-    def _net(o): return ' / '.join(filter(None, o))
-    nets = f'{", ".join(map(_net, s.get("bases") or [])) or "no teacher"} → {_net(s["target"])}' if 'target' in s else '–'
-    return [name, nets, ', '.join(s.get('views') or []) or '–', s.get('recipe') or '–', '×'.join(map(str, s.get('size') or '–')), s.get('seed', '–')]
-
-# %% ../../nbs/42_evaluation.compare.ipynb #dab3eef8
+# %% ../../nbs/42_evaluation.compare.ipynb #a7c1e0d3
 @dataclass(repr=False)
 class Comparison(Displayable):
-    "Runs judged on the same images; the others are measured against the first"
-    runs:dict # `{name: report}`
-
-    def __post_init__(self): self.training = {n: r.settings.get('training') or {} for n,r in self.runs.items()}
-    def dice(self, name): return np.array([r['dice'] for r in self.runs[name].target], float)
-    def gains(self, name): return self.dice(name) - self.dice(next(iter(self.runs)))
-    def steps(self, name): return self.training[name].get('target', {}).get('steps', '–')
+    "Runs scored on the same images, each compared with the first"
+    runs:dict # `{name: Report}`
 
     @property
-    def tables(self):
-        first,*others = self.runs
-        gains = {first: ['', '']} | {n: [format_interval(bootstrap_interval(self.gains(n)), '+'), describe_gain(self.gains(n))] for n in others}
-        rows = [[n, format_interval(bootstrap_interval(self.dice(n))), *gains[n], self.steps(n), total_seconds(self.training[n]) or '–'] for n in self.runs]
-        return [Table([['run', 'mean Dice', f'gain over {first}', '', 'target steps', 'seconds in all'], *rows]),
-            Table([['run', 'teachers → target', 'views', 'recipe', 'size', 'seed'], *(_how(n, r.settings) for n,r in self.runs.items())])]
+    def first(self):
+        "Name of the run that the others are compared with"
+        return next(iter(self.runs))
 
-    def parts(self): return [*self.tables, *_remarks(self)]
+    def values(self, name, metric='dice'):
+        "Scores of the student of the run `name`, one per image; nan where there is none"
+        report = self.runs[name]
+        return report.values(report.student, metric)
+
+    def gains(self, name, metric='dice'):
+        "Scores of the run `name` minus those of the first, one per image"
+        return self.values(name, metric) - self.values(self.first, metric)
+
+    def training(self, name):
+        "Steps and seconds of each stage of the run `name`"
+        return self.runs[name].settings.get('training') or {}
+
+    def steps(self, name):
+        "Steps of the student's training; a dash where they are not known"
+        return self.training(name).get('target', {}).get('steps', '–')
+
+    def parts(self): return [*self.tables, *self.notes()]
+
+# %% ../../nbs/42_evaluation.compare.ipynb #d319674d
+def _network(pair): return ' / '.join(part for part in pair if part)
+
+def _networks(settings):
+    "Teachers and student of a run"
+    if 'target' not in settings: return '–'
+    teachers = [_network(pair) for pair in settings.get('bases') or []]
+    return f'{", ".join(teachers) or "no teacher"} → {_network(settings["target"])}'
+
+def _settings_row(name, settings):
+    "Line of the table of how the runs were made"
+    views = ', '.join(settings.get('views') or [])
+    recipe = settings.get('recipe') or settings.get('method')
+    size = '×'.join(str(n) for n in settings.get('size') or [])
+    return [name, _networks(settings), views or '–', recipe or '–', size or '–', settings.get('seed', '–')]
+
+# %% ../../nbs/42_evaluation.compare.ipynb #dab3eef8
+@patch(as_prop=True)
+def metric_names(self:Comparison):
+    "Metrics by which all runs were scored"
+    reports = list(self.runs.values())
+    return [m for m in reports[0].metric_names if all(m in r.measures for r in reports)]
+
+@patch
+def _score_rows(self:Comparison, metric):
+    "Lines of a table: mean of each run, gain over the first, and what the gain shows"
+    is_lower = metric in self.runs[self.first].lower_is_better
+    title = 'Dice' if metric=='dice' else metric
+    rows = [['run', f'mean {title} (lower is better)' if is_lower else f'mean {title}', f'gain over {self.first}', '']]
+    for name in self.runs:
+        row = [name, format_interval(bootstrap_interval(self.values(name, metric))), '', '']
+        gains = self.gains(name, metric)
+        if name!=self.first: row[2:] = [format_interval(bootstrap_interval(gains), '+'), describe_gain(gains, not is_lower)]
+        rows.append(row)
+    return rows
+
+# %% ../../nbs/42_evaluation.compare.ipynb #a7c1e0e0
+@patch(as_prop=True)
+def tables(self:Comparison):
+    "Tables of the scores, then of how the runs were made"
+    costs = [['student steps', 'seconds in all']]
+    costs += [[self.steps(name), total_seconds(self.training(name)) or '–'] for name in self.runs]
+    scores = [row+cost for row,cost in zip(self._score_rows('dice'), costs)]
+    further = [Table(self._score_rows(m)) for m in self.metric_names if m not in ('dice', 'jaccard')]
+    made = [_settings_row(name, report.settings) for name,report in self.runs.items()]
+    return [Table(scores), *further, Table([['run', 'teachers → student', 'views', 'recipe', 'size', 'seed'], *made])]
 
 # %% ../../nbs/42_evaluation.compare.ipynb #449190c1
-def _learnt(made):
-    "How many images each run learnt from, where the data are not the same"
-    def _said(s): return ' and '.join(f'{s["images"].get(k, 0)} {n}' for k,n in (('train', 'labelled'), ('unlabeled', 'unlabelled'))) if 'images' in s else 'an unknown number of'
-    return f'The runs learnt from different data, and were judged on the same: {", ".join(f"{n} from {_said(s)}" for n,s in made.items())} images.'
+def _count_images(settings):
+    "Number of training images of a run"
+    if 'images' not in settings: return 'an unknown number of'
+    counts = settings['images']
+    return f'{counts.get("train", 0)} labelled and {counts.get("unlabeled", 0)} unlabelled'
 
-def _remarks(c):
-    "What a reader of the comparison `c` must know"
-    report,steps = next(iter(c.runs.values())), {n: c.steps(n) for n in c.runs}
-    res = f'{len(report.target)} images of the {"test" if report.split=="test" else "validation"} set; 95 % bootstrap intervals over the images, paired for the gains, not over seeds: another seed may undo a small gain.'
-    if report.split!='test': res += ' There is no test set: the validation set chose the models and judges them here, which flatters.'
-    made = {n: r.settings for n,r in c.runs.items()}
-    rest = [_learnt(made)] if len({s.get('data') for s in made.values()})>1 else []
-    if len({*steps.values()} - {'–'})<2: return [res, *rest]
-    return [res, *rest, f'The targets took unequal numbers of steps ({", ".join(f"{n} {s}" for n,s in steps.items())}): a longer training alone may explain a gain.']
+# %% ../../nbs/42_evaluation.compare.ipynb #a7c1e0e4
+@patch
+def notes(self:Comparison):
+    "Sentences that a reader of the tables must know"
+    report = self.runs[self.first]
+    made = {name: r.settings for name,r in self.runs.items()}
+    steps = {name: self.steps(name) for name in self.runs}
+    res = [f'{len(report.target)} images of the {"test" if report.split=="test" else "validation"} set. '
+        'The 95 % bootstrap intervals are over the images, those of the gains are paired. '
+        'They are not over seeds: with another seed a small gain may vanish.']
+    if report.split!='test': res.append(NO_TEST_SET)
+    if len({s.get('data') for s in made.values()})>1:
+        counts = ', '.join(f'{name} on {_count_images(s)}' for name,s in made.items())
+        res.append(f'The runs were scored on the same images, but trained on different data: {counts} images.')
+    if len(set(steps.values())-{'–'})>1:
+        counts = ', '.join(f'{name} {n}' for name,n in steps.items())
+        res.append(f'The students took unequal numbers of steps ({counts}): a longer training alone may explain a gain.')
+    return res
 
+# %% ../../nbs/42_evaluation.compare.ipynb #a7c1e0dc
+def _check_folders(outs):
+    "The resolved folders, at least two and each once"
+    folders = [Path(o).resolve() for o in outs]
+    if len(folders)>=2 and len(set(folders))==len(folders): return folders
+    given = ', '.join(str(o) for o in outs) or 'none'
+    raise ValueError(f'outs: {given} given; a comparison needs the folders of at least two runs, each once')
+
+def _differences(a, b, key):
+    "Words for what makes the reports `a` and `b` incomparable; `key` is the setting that identifies the data"
+    names = [[row['image'] for row in r.target] for r in (a, b)]
+    data = [r.settings.get(key) for r in (a, b)]
+    res = []
+    if a.split!=b.split: res.append(f'the split ({a.split} and {b.split})')
+    if names[0]!=names[1]: res.append(f'the names of the images ({len(names[0])} and {len(names[1])})')
+    if None not in data and data[0]!=data[1]: res.append(f'the data ({data[0]} and {data[1]})')
+    return res
+
+# %% ../../nbs/42_evaluation.compare.ipynb #a7c1e0e2
 def compare_runs(
-    *outs:str|Path, # Folders of finished runs, two or more; the others are measured against the first
+    *outs:str|Path, # Folders of finished runs, two or more; each is compared with the first
 )->Comparison:
-    "Put finished runs side by side; a `ValueError` if they were not judged on the same images"
-    places = [Path(o).resolve() for o in outs]
-    if len(set(places))<max(2, len(outs)): raise ValueError(f'outs: {", ".join(map(str, outs)) or "none"} given; a comparison needs the folders of at least two runs, each once')
-    unique = len({p.name for p in places})==len(places)
-    runs = {p.name if unique else str(o): read_report(o) for p,o in zip(places, outs)}
-    key = 'judged' if all('judged' in r.settings for r in runs.values()) else 'data'
-    facts = [dict(split=r.split, images=[o['image'] for o in r.target], data=r.settings.get(key)) for r in runs.values()]
-    for o,f in zip(outs, facts):
-        odd = [(k, v, f[k]) for k,v in facts[0].items() if v!=f[k] and None not in (v, f[k])]
-        said = ', '.join(f'the names of the images ({len(a)} and {len(b)})' if k=='images' else f'the {k} ({a} and {b})' for k,a,b in odd)
-        if odd: raise ValueError(f'{outs[0]} and {o} cannot be compared: they differ in {said}')
+    "Compare finished runs; a `ValueError` if they were not scored on the same images"
+    folders = _check_folders(outs)
+    is_unique = len({f.name for f in folders})==len(folders)
+    runs = {f.name if is_unique else str(o): read_report(o) for f,o in zip(folders, outs)}
+    reports = list(runs.values())
+    key = 'judged' if all('judged' in r.settings for r in reports) else 'data'
+    for o,report in zip(outs, reports):
+        different = _differences(reports[0], report, key)
+        if different: raise ValueError(f'{outs[0]} and {o} cannot be compared: they differ in {", ".join(different)}')
     return Comparison(runs)

@@ -1,4 +1,4 @@
-"""Half a million parameters, and every block still looks at the pixel, at its surroundings and at the whole image.
+"""A network of half a million parameters whose blocks combine local features, surrounding context and global context.
 
 Docs: https://semisup-seg.github.io/semisup_seg/models.cgnet.html.md"""
 
@@ -39,7 +39,7 @@ def conv_prelu(
 
 # %% ../../nbs/11_models.cgnet.ipynb #3b5a36e1
 class JointFeature(nn.Module):
-    "f_joi: f_loc and f_sur side by side, batch norm, `PReLU` (section III-A)"
+    "f_joi: f_loc and f_sur concatenated, batch norm, `PReLU` (section III-A)"
     def __init__(self,
         n:int,        # Channels in; twice as many come out
         dilation:int, # Pixels from one tap of f_sur to the next
@@ -73,7 +73,9 @@ class CGBlock(nn.Module):
         r:int,        # Reduction of f_glo
     ):
         super().__init__()
-        self.reduce,self.f_joi,self.f_glo = conv_prelu(n, n//2, 1), JointFeature(n//2, dilation), GlobalContext(n, r)
+        self.reduce = conv_prelu(n, n//2, 1)
+        self.f_joi = JointFeature(n//2, dilation)
+        self.f_glo = GlobalContext(n, r)
 
     def forward(self, x:Tensor)->Tensor:
         joi = self.f_joi(self.reduce(x))
@@ -89,7 +91,9 @@ class CGDown(nn.Module):
         r:int,        # Reduction of f_glo
     ):
         super().__init__()
-        self.halve,self.f_joi,self.f_glo = conv_prelu(ni, n, stride=2), JointFeature(n, dilation), GlobalContext(n, r)
+        self.halve = conv_prelu(ni, n, stride=2)
+        self.f_joi = JointFeature(n, dilation)
+        self.f_glo = GlobalContext(n, r)
         self.reduce = nn.Conv2d(2*n, n, 1, bias=False)
 
     def forward(self, x:Tensor)->Tensor:
@@ -112,10 +116,13 @@ class CGEncoder(nn.Module):
         N:int=21,   # Blocks of stage 3
     ):
         super().__init__()
-        self.stage1,self.join1 = nn.Sequential(conv_prelu(n_in, 32, stride=2), conv_prelu(32, 32), conv_prelu(32, 32)), bn_prelu(32+n_in)
-        self.down2,self.stage2 = CGDown(32+n_in, 64, 2, 8), nn.Sequential(*[CGBlock(64, 2, 8) for _ in range(M-1)])
+        self.stage1 = nn.Sequential(conv_prelu(n_in, 32, stride=2), conv_prelu(32, 32), conv_prelu(32, 32))
+        self.join1 = bn_prelu(32+n_in)
+        self.down2 = CGDown(32+n_in, 64, 2, 8)
+        self.stage2 = nn.Sequential(*[CGBlock(64, 2, 8) for _ in range(M-1)])
         self.join2 = bn_prelu(2*64+n_in)
-        self.down3,self.stage3 = CGDown(2*64+n_in, 128, 4, 16), nn.Sequential(*[CGBlock(128, 4, 16) for _ in range(N-1)])
+        self.down3 = CGDown(2*64+n_in, 128, 4, 16)
+        self.stage3 = nn.Sequential(*[CGBlock(128, 4, 16) for _ in range(N-1)])
         self.join3 = bn_prelu(2*128)
 
     def forward(self, x:Tensor)->Tensor:
@@ -127,7 +134,7 @@ class CGEncoder(nn.Module):
         return self.join3(torch.cat([self.stage3(first), first], 1))
 
 # %% ../../nbs/11_models.cgnet.ipynb #a0e67b3c
-def _start(m):
+def _initialise(m):
     if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight)
 
 # %% ../../nbs/11_models.cgnet.ipynb #f4f5eb08
@@ -138,8 +145,9 @@ class CGNet(nn.Module):
         n_in:int=3,  # Channels of the images
     ):
         super().__init__()
-        self.encoder,self.head = CGEncoder(n_in), nn.Conv2d(256, n_out, 1, bias=False)
-        self.encoder.apply(_start)
+        self.encoder = CGEncoder(n_in)
+        self.head = nn.Conv2d(256, n_out, 1, bias=False)
+        self.encoder.apply(_initialise)
 
     def forward(self, x:Tensor)->Tensor: return resize(self.head(self.encoder(x)), x)
 

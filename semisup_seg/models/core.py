@@ -1,4 +1,4 @@
-"""One builder for every network: a name, an encoder, and the weights asked for.
+"""`build_model` builds any of the networks from its name, an encoder and the weights to start from.
 
 Docs: https://semisup-seg.github.io/semisup_seg/models.core.html.md"""
 
@@ -14,7 +14,7 @@ from fnmatch import filter as matching
 from inspect import signature
 from pathlib import Path
 
-from ..core import lookup
+from ..core import check_numbers, lookup
 from .weights import file_weights, hub_weights, load_encoder, MIT, packaged_weights
 
 import timm, torch
@@ -23,28 +23,37 @@ from torch import nn, Tensor
 
 # %% ../../nbs/10_models.core.ipynb #50c2b79b
 class SegNet(nn.Module):
-    "A network that takes images in 0–1 of any size `(n, c, h, w)` and gives logits `(n, n_out, h, w)`"
+    "Wraps a network: images in 0–1 of any size, `(n, c, h, w)`, to logits `(n, n_out, h, w)`"
     def __init__(self,
         net:nn.Module,  # The bare network; its `encoder` attribute is what weights and freezing apply to
         config:dict,    # How to build it again: the arguments of `build_model`
         mean:tuple,     # Per channel, on the scale 0–1
-        std:tuple,      # Per channel, on the scale 0–1
-        min_size:int=32, # Smallest side it can process, pixels
+        std:tuple,      # Standard deviation per channel, on the scale 0–1
+        min_size:int=32, # Smallest side of an image, pixels
     ):
         super().__init__()
-        self.net,self.config,self.min_size = net,config,min_size
+        self.net = net
+        self.config = config
+        self.min_size = min_size
         self.codes = self.size = None  # classes and training size, known once it is trained
-        for k,v in dict(mean=mean, std=std).items(): self.register_buffer(k, torch.tensor(v).view(1, -1, 1, 1), persistent=False)
+        for name,values in (('mean', mean), ('std', std)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
     @property
     def encoder(self): return self.net.encoder
 
     def forward(self, x:Tensor)->Tensor:
         h,w = x.shape[-2:]
-        if min(h, w)<self.min_size: raise ValueError(f'{self.config["name"]} needs images of at least {self.min_size} pixels a side, got {h}×{w}')
+        name = self.config['name']
+        if min(h, w)<self.min_size: raise ValueError(f'{name} needs images of at least {self.min_size} pixels a side, got {h}×{w}')
         x = (x-self.mean)/self.std
         if h%32 or w%32: x = F.pad(x, (0, -w%32, 0, -h%32), mode='replicate')
-        return self.net(x)[..., :h, :w]
+        try: logits = self.net(x)
+        except ValueError as e:
+            if 'more than 1 value per channel' not in str(e): raise
+            raise ValueError(f'{name}: a batch of one image of {h}×{w} pixels cannot be normalised in training; '
+                'use bs of 2 or more') from e
+        return logits[..., :h, :w]
 
 # %% ../../nbs/10_models.core.ipynb #674142d3
 @dataclass(frozen=True)
@@ -72,39 +81,59 @@ def register(
     min_size:int=32,   # Smallest side of an image, pixels
     aliases:tuple=(),  # Other names it goes by
     more:bool=False,   # Beyond the ten that have a chapter
-):
+)->callable:           # The decorator; a `ValueError` if another function has the name
     "Decorator that files a function `(backbone, n_out, n_in)` as the builder of the network `name`"
-    def _add(build):
-        if name in networks and networks[name].build.__qualname__!=build.__qualname__: raise ValueError(f'The network {name!r} is registered already')
-        takes = ('*' if backbone else '') if encoders is None else encoders
-        networks[name] = Network(name, build, idea, paper, backbone, takes, min_size, aliases, more)
+    if encoders is None: encoders = '*' if backbone else ''
+    def add(build):
+        known = networks.get(name)
+        taken = known and known.build.__qualname__!=build.__qualname__
+        if taken: raise ValueError(f'The network {name!r} is registered already')
+        networks[name] = Network(name, build, idea, paper, backbone, encoders, min_size, aliases, more)
         return build
-    return _add
+    return add
 
 # %% ../../nbs/10_models.core.ipynb #4d6c4a57
 def check_request(
-    name:str,          # Network
-    backbone:str=None, # timm encoder
+    name:str,          # Network, by its name or an alias
+    backbone:str=None, # timm encoder; None: the one the network has by default
 )->tuple:              # The `Network` and the encoder's timm name, or None
     "Find network and encoder by name; a `ValueError` with the nearest match if there is none"
-    net = lookup(name, networks | {a: n for n in networks.values() for a in n.aliases}, 'network')
+    known = dict(networks)
+    for net in networks.values(): known |= dict.fromkeys(net.aliases, net)
+    net = lookup(name, known, 'network')
     if backbone is None: return net, net.backbone
     if not net.encoders: raise ValueError(f'{net.name} has an encoder of its own; backbone must be None, got {backbone!r}')
     allowed = matching([*timm.list_models(), *MIT], net.encoders)
-    return net, lookup(str(backbone).split('.')[0], {o: o for o in allowed}, 'backbone' if net.encoders=='*' else f'{net.name} backbone')
+    wanted = str(backbone).split('.')[0]  # the name of timm's weights follows after a dot
+    kind = 'backbone' if net.encoders=='*' else f'{net.name} backbone'
+    return net, lookup(wanted, dict(zip(allowed, allowed)), kind)
 
 # %% ../../nbs/10_models.core.ipynb #7162ee7a
-def _norm(backbone, n_in):
-    "Mean and deviation that the weights of `backbone` expect, for `n_in` channels"
-    cfg = timm.get_pretrained_cfg('resnet50' if backbone in MIT else backbone) if backbone else None
-    pair = (cfg.mean, cfg.std) if cfg else ((0.5,)*3, (0.5,)*3)
-    return pair if n_in==3 else tuple((sum(o)/3,)*n_in for o in pair)
+def _normalisation(backbone, n_in):
+    "Mean and standard deviation that the weights of `backbone` expect, for `n_in` channels"
+    timm_name = 'resnet50' if backbone in MIT else backbone
+    record = timm.get_pretrained_cfg(timm_name) if timm_name else None
+    mean = record.mean if record else (0.5,)*3
+    std = record.std if record else (0.5,)*3
+    if n_in==3: return mean, std
+    return (sum(mean)/3,)*n_in, (sum(std)/3,)*n_in
 
+# %% ../../nbs/10_models.core.ipynb #8ceda7c8
 def _find_weights(pretrained, backbone):
-    "The state dict that `pretrained` asks for"
+    "The state dict that `pretrained` asks for, or None"
+    if not pretrained: return None
     if not backbone: raise ValueError('pretrained needs a network with a timm encoder; this one trains from scratch')
     if isinstance(pretrained, (str, Path)): return file_weights(pretrained)
     return packaged_weights(backbone) or hub_weights(backbone)
+
+# %% ../../nbs/10_models.core.ipynb #3214b620
+def _stride_option(net, output_stride):
+    "The further argument of `net.build` that `output_stride` asks for; a `ValueError` if it cannot be had"
+    if output_stride is None: return {}
+    takes_stride = 'output_stride' in signature(net.build).parameters
+    if not takes_stride: raise ValueError(f'{net.name} has no dilated encoder; output_stride must be None')
+    if output_stride not in (8, 16): raise ValueError(f'output_stride is {output_stride!r}; expected 8 or 16')
+    return dict(output_stride=output_stride)
 
 # %% ../../nbs/10_models.core.ipynb #2669e535
 def build_model(
@@ -114,18 +143,19 @@ def build_model(
     pretrained:bool|str=False, # True: ImageNet weights from a package or the hub; a path: from this file; False: random
     n_in:int=3,             # Channels of the images
     output_stride:int=None, # Pixels per position of the last map, 8 or 16, for a network with a dilated encoder; None: 16
-)->SegNet:
+)->SegNet:                  # A `ValueError` for a wrong argument, a `ConnectionError` if weights cannot be fetched
     "The network `name` for images `(n, n_in, h, w)` in 0–1, giving logits `(n, n_out, h, w)`"
     net,backbone = check_request(name, backbone)
-    stride = {} if output_stride is None else dict(output_stride=output_stride)
-    if stride and 'output_stride' not in signature(net.build).parameters: raise ValueError(f'{net.name} has no dilated encoder; output_stride must be None')
-    if output_stride not in (None, 8, 16): raise ValueError(f'output_stride is {output_stride!r}; expected 8 or 16')
-    for k,v,low in (('n_out', n_out, 2), ('n_in', n_in, 1)):
-        if not isinstance(v, int) or v<low: raise ValueError(f'{k} is {v!r}; expected a whole number of at least {low}')
-    weights = _find_weights(pretrained, backbone) if pretrained else None
-    try: bare = net.build(backbone, n_out, n_in, **stride)
-    except Exception as e: raise ValueError(f'{net.name} cannot be built over {backbone!r}: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
-    model = SegNet(bare, dict(name=net.name, backbone=backbone, n_out=n_out, n_in=n_in, **stride), *_norm(backbone, n_in), net.min_size)
+    check_numbers(n_out=(n_out, 2), n_in=(n_in, 1))
+    option = _stride_option(net, output_stride)
+    weights = _find_weights(pretrained, backbone)
+    try: bare = net.build(backbone, n_out, n_in, **option)
+    except Exception as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise ValueError(f'{net.name} cannot be built over {backbone!r}: {reason}') from e
+    config = dict(name=net.name, backbone=backbone, n_out=n_out, n_in=n_in, **option)
+    mean,std = _normalisation(backbone, n_in)
+    model = SegNet(bare, config, mean, std, net.min_size)
     if weights: load_encoder(model.encoder, weights, n_in)
     return model
 
@@ -135,8 +165,10 @@ def bn_act(
     act:type=nn.ReLU,   # Class of the activation; None: none
 )->nn.Sequential:
     "Batch norm and activation"
-    return nn.Sequential(nn.BatchNorm2d(n), *([] if act is None else [nn.PReLU(n) if act is nn.PReLU else act(inplace=True)]))
+    norm = nn.BatchNorm2d(n)
+    return nn.Sequential(norm) if act is None else nn.Sequential(norm, act(inplace=True))
 
+# %% ../../nbs/10_models.core.ipynb #63e74287
 def conv_bn(
     ni:int,            # Channels in
     no:int,            # Channels out
@@ -148,10 +180,11 @@ def conv_bn(
 )->nn.Sequential:
     "Convolution, batch norm and activation; at stride 1 the size stays"
     sides = (k, k) if isinstance(k, int) else k
-    conv = nn.Conv2d(ni, no, sides, stride, tuple(dilation*(s//2) for s in sides), dilation, groups, bias=False)
+    padding = tuple(dilation*(s//2) for s in sides)
+    conv = nn.Conv2d(ni, no, sides, stride, padding, dilation, groups, bias=False)
     return nn.Sequential(conv, *bn_act(no, act))
 
-# %% ../../nbs/10_models.core.ipynb #2e0ab0d2
+# %% ../../nbs/10_models.core.ipynb #50ede8fb
 def resize(
     x:Tensor,     # `(n, c, h, w)`
     like:Tensor,  # `(n, _, h2, w2)`
@@ -159,13 +192,15 @@ def resize(
     "Scale `x` to the height and width of `like`"
     return F.interpolate(x, like.shape[-2:], mode='bilinear')
 
+# %% ../../nbs/10_models.core.ipynb #2e0ab0d2
 def dilated_encoder(
     backbone:str,         # timm encoder
     n_in:int=3,           # Channels of the images
     output_stride:int=16, # Pixels per position of the last map
 )->nn.Module:
-    "timm's `backbone` without classifier, giving a list that ends with its last map; a `ValueError` if it cannot be dilated"
+    "timm's `backbone`, giving a list that ends with its last map; a `ValueError` if it cannot be dilated"
     try: enc = timm.create_model(backbone, features_only=True, in_chans=n_in, output_stride=output_stride)
     except Exception: enc = None  # timm has no common way of saying that it cannot
     if enc and enc.feature_info.reduction()[-1]==output_stride: return enc
-    raise ValueError(f"{backbone} cannot be dilated to one position for {output_stride} pixels; 'resnet50', 'convnext_tiny' and 'tf_efficientnet_lite0' can")
+    raise ValueError(f'{backbone} cannot be dilated to one position for {output_stride} pixels; '
+        "'resnet50', 'convnext_tiny' and 'tf_efficientnet_lite0' can")

@@ -1,4 +1,4 @@
-"""Five convolutions with holes, each fed by all before it, and a measurement of what each of them sees.
+"""Five dilated convolutions, each with the outputs of all before it as input, on a dilated encoder.
 
 Docs: https://semisup-seg.github.io/semisup_seg/models.denseaspp.html.md"""
 
@@ -15,18 +15,20 @@ from .core import bn_act, conv_bn, dilated_encoder, register, resize
 
 # %% ../../nbs/14_models.denseaspp.ipynb #684187e0
 class AtrousLayer(nn.Sequential):
-    "BN-ReLU, 1 × 1, BN-ReLU, then 3 × 3 with holes (Yang et al. 2018, section 3)"
+    "BN-ReLU, 1 × 1, BN-ReLU, then a dilated 3 × 3 convolution (Yang et al. 2018, section 3)"
     def __init__(self,
         ni:int,        # Channels in
         d:int,         # Dilation rate: positions from one tap to the next
         mid:int=256,   # Channels between the two convolutions
         width:int=64,  # Channels out
     ):
-        super().__init__(bn_act(ni), conv_bn(ni, mid, 1), nn.Conv2d(mid, width, 3, padding=d, dilation=d, bias=False), nn.Dropout2d(0.1))
+        squeeze = conv_bn(ni, mid, 1)
+        dilated = nn.Conv2d(mid, width, 3, padding=d, dilation=d, bias=False)
+        super().__init__(bn_act(ni), squeeze, dilated, nn.Dropout2d(0.1))
 
 # %% ../../nbs/14_models.denseaspp.ipynb #94054d83
 class DensePyramid(nn.Module):
-    "Atrous layers, each fed by the input and all layers before it (Yang et al. 2018, figure 3)"
+    "Atrous layers, each with the input and the outputs of all layers before it (Yang et al. 2018, figure 3)"
     def __init__(self,
         ni:int,        # Channels in
         rates:tuple=(3, 6, 12, 18, 24), # Dilation rate of each layer, positions
@@ -53,10 +55,13 @@ class DenseASPP(nn.Module):
         self.pyramid = DensePyramid(encoder.feature_info.channels()[-1])
         self.head = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(self.pyramid.no, n_out, 1))
 
-    def forward(self, x:Tensor)->Tensor: return resize(self.head(self.pyramid(self.encoder(x)[-1])), x)
+    def forward(self, x:Tensor)->Tensor:
+        y = self.encoder(x)[-1]
+        return resize(self.head(self.pyramid(y)), x)
 
 # %% ../../nbs/14_models.denseaspp.ipynb #d127ed50
-@register('DenseASPP', 'densely stacked atrous convolutions', 'https://openaccess.thecvf.com/content_cvpr_2018/html/Yang_DenseASPP_for_Semantic_CVPR_2018_paper.html', backbone='resnet50')
+@register('DenseASPP', 'densely stacked atrous convolutions', 'https://openaccess.thecvf.com/content_cvpr_2018/html/'
+    'Yang_DenseASPP_for_Semantic_CVPR_2018_paper.html', backbone='resnet50')
 def _denseaspp(
     backbone:str,         # timm encoder that can be dilated
     n_out:int,            # Classes

@@ -1,4 +1,4 @@
-"""Four scales in every block, two attentions on the way up, 0.11 million parameters.
+"""A network of 0.11 million parameters with four scales in each block and a decoder that weights maps by each other.
 
 Docs: https://semisup-seg.github.io/semisup_seg/models.fpenet.html.md"""
 
@@ -15,14 +15,15 @@ from .core import conv_bn, register, resize
 
 # %% ../../nbs/12_models.fpenet.ipynb #2698cef1
 class Pyramid(nn.Sequential):
-    "Depthwise 3×3 convolutions of dilation 1, 2, 4, 8, each over a quarter of the channels and what the one before found"
+    "Depthwise 3×3 convolutions of dilation 1, 2, 4, 8, each over a quarter of the channels plus the output before"
     def __init__(self,
         n:int, # Channels, a multiple of 4
     ): super().__init__(*[conv_bn(n//4, n//4, dilation=d, groups=n//4) for d in (1, 2, 4, 8)])
 
     def forward(self, x:Tensor)->Tensor:
-        ys = []
-        for f,s in zip(self, x.chunk(4, 1)): ys.append(f(s+ys[-1] if ys else s))
+        groups = x.chunk(4, 1)
+        ys = [self[0](groups[0])]
+        for i in (1, 2, 3): ys.append(self[i](groups[i] + ys[-1]))
         return torch.cat(ys, 1)
 
 # %% ../../nbs/12_models.fpenet.ipynb #e189bf8b
@@ -36,20 +37,23 @@ class FPE(nn.Module):
     ):
         super().__init__()
         self.pyramid = nn.Sequential(conv_bn(ni, t*ni, 1, stride), Pyramid(t*ni), conv_bn(t*ni, no, 1, act=None))
-        self.shortcut = nn.Identity() if stride==1 and ni==no else conv_bn(ni, no, 1, stride, act=None)
+        same_shape = stride==1 and ni==no
+        self.shortcut = nn.Identity() if same_shape else conv_bn(ni, no, 1, stride, act=None)
 
     def forward(self, x:Tensor)->Tensor: return F.relu(self.shortcut(x) + self.pyramid(x))
 
 # %% ../../nbs/12_models.fpenet.ipynb #9bf10d73
 class Stage(nn.Sequential):
-    "A block that halves the size, `n-1` more, and a bridge over these"
+    "A block that halves the size, `n-1` more, and a shortcut over these"
     def __init__(self,
         ni:int, # Channels in
         no:int, # Channels out
         n:int,  # Blocks
     ): super().__init__(FPE(ni, no, stride=2, t=4), nn.Sequential(*[FPE(no, no) for _ in range(n-1)]))
 
-    def forward(self, x:Tensor)->Tensor: return (y := self[0](x)) + self[1](y)
+    def forward(self, x:Tensor)->Tensor:
+        y = self[0](x)
+        return y + self[1](y)
 
 # %% ../../nbs/12_models.fpenet.ipynb #33ef8fcf
 class FPEEncoder(nn.Module):
@@ -61,24 +65,26 @@ class FPEEncoder(nn.Module):
         q:int=9,      # Blocks in the third stage
     ):
         super().__init__()
-        self.stem,self.stage1 = conv_bn(n_in, width, stride=2), FPE(width, width)
-        self.stage2,self.stage3 = Stage(width, 2*width, p), Stage(2*width, 4*width, q)
+        self.stem = conv_bn(n_in, width, stride=2)
+        self.stage1 = FPE(width, width)
+        self.stage2 = Stage(width, 2*width, p)
+        self.stage3 = Stage(2*width, 4*width, q)
 
     def forward(self, x:Tensor)->list:
-        maps = [self.stage1(self.stem(x))]
-        for s in (self.stage2, self.stage3): maps.append(s(maps[-1]))
-        return maps
+        fine = self.stage1(self.stem(x))
+        mid = self.stage2(fine)
+        return [fine, mid, self.stage3(mid)]
 
 # %% ../../nbs/12_models.fpenet.ipynb #41cb1a24
 class SpatialAttention(nn.Conv2d):
-    "One weight per place, from the mean of its channels"
+    "One weight per position, `(n, 1, h, w)`, from the mean of its channels"
     def __init__(self): super().__init__(1, 1, 1, bias=False)
 
     def forward(self, x:Tensor)->Tensor: return super().forward(x.mean(1, keepdim=True)).sigmoid()
 
 # %% ../../nbs/12_models.fpenet.ipynb #eb74975f
 class ChannelAttention(nn.Conv2d):
-    "One weight per channel, from the means of all channels over the image"
+    "One weight per channel, `(n, c, 1, 1)`, from the means of all channels over the image"
     def __init__(self,
         n:int, # Channels
     ): super().__init__(n, n, 1, bias=False)
@@ -94,15 +100,18 @@ class MEU(nn.Module):
         n:int,      # Channels out
     ):
         super().__init__()
-        self.low,self.high = conv_bn(n_low, n, 1, act=None), conv_bn(n_high, n, 1, act=None)
-        self.where,self.what = SpatialAttention(), ChannelAttention(n)
+        self.low = conv_bn(n_low, n, 1, act=None)
+        self.high = conv_bn(n_high, n, 1, act=None)
+        self.where = SpatialAttention()
+        self.what = ChannelAttention(n)
 
     def embed(self,
         low:Tensor,  # `(batch, n_low, h, w)`
         high:Tensor, # `(batch, n_high, h/2, w/2)`
-    )->tuple:        # Both with `n` channels, the weights `a` of places and `b` of channels
-        "Bring both maps to the same channels and find what each says of the other"
-        low,high = self.low(low), self.high(high)
+    )->tuple:        # Both with `n` channels, the weights `a` of positions and `b` of channels
+        "Bring both maps to `n` channels and compute the weights that each gives for the other"
+        low = self.low(low)
+        high = self.high(high)
         return low, high, self.where(low), self.what(high)
 
     def forward(self, low:Tensor, high:Tensor)->Tensor:
@@ -123,7 +132,8 @@ class MEUHead(MEU):
 
     def forward(self, low:Tensor, high:Tensor)->Tensor:
         low,high,a,b = self.embed(low, high)
-        return self.classify(b*low) + a*resize(F.conv2d(high, self.classify.weight), low)
+        coarse_logits = F.conv2d(high, self.classify.weight)
+        return self.classify(b*low) + a*resize(coarse_logits, low)
 
 # %% ../../nbs/12_models.fpenet.ipynb #b6f79c83
 class FPENet(nn.Module):
@@ -135,11 +145,13 @@ class FPENet(nn.Module):
     ):
         super().__init__()
         self.encoder = FPEEncoder(n_in, width)
-        self.meu1,self.meu2 = MEU(2*width, 4*width, 4*width), MEUHead(width, 4*width, 2*width, n_out)
+        self.meu1 = MEU(2*width, 4*width, 4*width)
+        self.meu2 = MEUHead(width, 4*width, 2*width, n_out)
 
     def forward(self, x:Tensor)->Tensor:
         fine,mid,coarse = self.encoder(x)
-        return resize(self.meu2(fine, self.meu1(mid, coarse)), x)
+        logits = self.meu2(fine, self.meu1(mid, coarse))
+        return resize(logits, x)
 
 # %% ../../nbs/12_models.fpenet.ipynb #f22f288a
 @register('FPENet', 'four scales in every block', 'https://arxiv.org/abs/1909.08599')

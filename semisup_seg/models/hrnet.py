@@ -1,4 +1,4 @@
-"""A quarter-size map from the first stage to the last, and three coarser ones beside it that tell it what is around.
+"""A network that keeps a map at a quarter of the size through all stages, with three coarser maps in parallel.
 
 Docs: https://semisup-seg.github.io/semisup_seg/models.hrnet.html.md"""
 
@@ -15,23 +15,27 @@ from torch import Tensor, nn
 from .core import conv_bn, register, resize
 
 # %% ../../nbs/16_models.hrnet.ipynb #b9da6a75
-def _calm(m):
-    if isinstance(m, (BasicBlock, Bottleneck)): nn.init.constant_(m.bn3.weight if isinstance(m, Bottleneck) else m.bn2.weight, 0.2)
+def _scale_residuals(m):
+    "Let the last batch norm of a residual block start at 0.2"
+    if isinstance(m, Bottleneck): nn.init.constant_(m.bn3.weight, 0.2)
+    if isinstance(m, BasicBlock): nn.init.constant_(m.bn2.weight, 0.2)
 
 def hr_encoder(
     backbone:str, # timm encoder, one of `hrnet_*`
     n_in:int=3,   # Channels of the images
 )->nn.Module:     # Turns `(n, n_in, h, w)` into four maps at 1/4, 1/8, 1/16 and 1/32, of c, 2c, 4c and 8c channels
     "HRNet's stem and four stages (Wang et al. 2020, figure 2), nothing else"
-    enc = timm.create_model(backbone, features_only=True, feature_location='', in_chans=n_in, out_indices=(1, 2, 3, 4))
-    return enc.apply(_calm)
+    options = dict(features_only=True, feature_location='', out_indices=(1, 2, 3, 4))
+    enc = timm.create_model(backbone, in_chans=n_in, **options)
+    return enc.apply(_scale_residuals)
 
 # %% ../../nbs/16_models.hrnet.ipynb #68d393f6
 def join(
     maps:list, # Maps `(n, c_i, h_i, w_i)`, the largest first
 )->Tensor:     # `(n, sum of c_i, h_0, w_0)`
-    "All `maps` at the size of the first, side by side (figure 4b)"
-    return torch.cat([maps[0], *(resize(m, maps[0]) for m in maps[1:])], 1)
+    "All `maps` at the size of the first, concatenated (figure 4b)"
+    enlarged = [resize(m, maps[0]) for m in maps[1:]]
+    return torch.cat([maps[0], *enlarged], 1)
 
 # %% ../../nbs/16_models.hrnet.ipynb #7f0eb949
 class HRNet(nn.Module):
@@ -42,12 +46,17 @@ class HRNet(nn.Module):
     ):
         super().__init__()
         c = sum(encoder.feature_info.channels())
-        self.encoder,self.mix,self.classify = encoder, conv_bn(c, c, 1), nn.Conv2d(c, n_out, 1)
+        self.encoder = encoder
+        self.mix = conv_bn(c, c, 1)
+        self.classify = nn.Conv2d(c, n_out, 1)
 
-    def forward(self, x:Tensor)->Tensor: return resize(self.classify(self.mix(join(self.encoder(x)))), x)
+    def forward(self, x:Tensor)->Tensor:
+        y = join(self.encoder(x))
+        return resize(self.classify(self.mix(y)), x)
 
 # %% ../../nbs/16_models.hrnet.ipynb #0e1fd69c
-@register('HRNet', 'four resolutions side by side', 'https://arxiv.org/abs/1908.07919', backbone='hrnet_w48', encoders='hrnet_*')
+@register('HRNet', 'four resolutions side by side', 'https://arxiv.org/abs/1908.07919', backbone='hrnet_w48',
+    encoders='hrnet_*')
 def _hrnet(
     backbone:str, # timm encoder, one of `hrnet_*`
     n_out:int,    # Classes

@@ -1,4 +1,4 @@
-"""Halves that meet by a shuffle, and a single map that says where to look: a network of less than a million parameters.
+"""A network of less than a million parameters with a split-and-shuffle encoder and an attention pyramid as decoder.
 
 Docs: https://semisup-seg.github.io/semisup_seg/models.lednet.html.md"""
 
@@ -24,12 +24,18 @@ class Down(nn.Module):
     ):
         super().__init__()
         self.conv = nn.Conv2d(ni, no-ni, 3, 2, 1, bias=False)
-        self.pool,self.norm = nn.MaxPool2d(2),bn_act(no)
+        self.pool = nn.MaxPool2d(2)
+        self.norm = bn_act(no)
 
-    def forward(self, x:Tensor)->Tensor: return self.norm(torch.cat((self.conv(x), self.pool(x)), 1))
+    def forward(self, x:Tensor)->Tensor:
+        both = torch.cat((self.conv(x), self.pool(x)), 1)
+        return self.norm(both)
 
 # %% ../../nbs/13_models.lednet.ipynb #84bc2214
-def _stroke(n, sides, d): return nn.Conv2d(n, n, sides, padding=tuple(d*(s//2) for s in sides), dilation=d), nn.ReLU(inplace=True)
+def _conv_relu(n, sides, dilation):
+    "Convolution without batch norm, and ReLU; the size stays"
+    padding = tuple(dilation*(s//2) for s in sides)
+    return nn.Conv2d(n, n, sides, padding=padding, dilation=dilation), nn.ReLU(inplace=True)
 
 def branch(
     n:int,        # Channels, in and out
@@ -39,25 +45,27 @@ def branch(
 )->nn.Sequential:
     "One half of an SS-nbt unit (figure 3): two pairs of 1D convolutions"
     then = first[::-1]
-    near = *_stroke(n, first, 1), *conv_bn(n, n, then)
-    far = *_stroke(n, first, dilation), *conv_bn(n, n, then, dilation=dilation, act=None)
+    near = [*_conv_relu(n, first, 1), *conv_bn(n, n, then)]
+    far = [*_conv_relu(n, first, dilation), *conv_bn(n, n, then, dilation=dilation, act=None)]
     return nn.Sequential(*near, *far, nn.Dropout2d(p))
 
 # %% ../../nbs/13_models.lednet.ipynb #afb97f4c
 class SSnbt(nn.Module):
-    "Split-shuffle-non-bottleneck unit (figure 3): two branches, a residual, a channel shuffle"
+    "Split-shuffle-non-bottleneck unit (figure 3): two branches, a residual connection, a channel shuffle"
     def __init__(self,
         n:int,            # Channels, in and out
         dilation:int=1,   # Pixels between the taps of the second pair
         p:float=0.03,     # Share of the channels dropped in training
     ):
         super().__init__()
-        self.left,self.right = [branch(n//2, first, dilation, p) for first in ((3, 1), (1, 3))]
+        self.left = branch(n//2, (3, 1), dilation, p)
+        self.right = branch(n//2, (1, 3), dilation, p)
 
     def forward(self, x:Tensor)->Tensor:
         a,b = x.chunk(2, 1)
-        y = torch.cat((self.left(a), self.right(b)), 1).add_(x)
-        return F.channel_shuffle(y.relu_(), 2)
+        y = torch.cat((self.left(a), self.right(b)), 1)
+        y = y.add_(x).relu_()
+        return F.channel_shuffle(y, 2)
 
 # %% ../../nbs/13_models.lednet.ipynb #318b9ba3
 def _units(n, dilations, p): return nn.Sequential(*[SSnbt(n, d, p) for d in dilations])
@@ -66,13 +74,14 @@ def led_encoder(
     n_in:int, # Channels of the images
 )->nn.Sequential:
     "The encoder of table 1: an eighth of the size, 128 channels"
-    parts = dict(down1=Down(n_in, 32), units1=_units(32, (1, 1, 1), 0.03), down2=Down(32, 64), units2=_units(64, (1, 1), 0.03),
-        down3=Down(64, 128), units3=_units(128, (1, 2, 5, 9, 2, 5, 9, 17), 0.3))
-    return nn.Sequential(OrderedDict(parts))
+    parts = OrderedDict(down1=Down(n_in, 32), units1=_units(32, (1, 1, 1), 0.03))
+    parts |= dict(down2=Down(32, 64), units2=_units(64, (1, 1), 0.03))
+    parts |= dict(down3=Down(64, 128), units3=_units(128, (1, 2, 5, 9, 2, 5, 9, 17), 0.3))
+    return nn.Sequential(parts)
 
 # %% ../../nbs/13_models.lednet.ipynb #b8003653
 class APN(nn.Module):
-    "Attention pyramid network (figure 2): values weighed by one wide-looking map, plus the mean of the image"
+    "Attention pyramid network (figure 2): values weighted by one attention map, plus the mean over the image"
     def __init__(self,
         ni:int,    # Channels of the encoder's map
         n_out:int, # Classes
@@ -80,15 +89,21 @@ class APN(nn.Module):
         super().__init__()
         self.down = nn.ModuleList([conv_bn(ni, 1, 7, 2), conv_bn(1, 1, 5, 2), conv_bn(1, 1, 3, 2)])
         self.refine = nn.ModuleList([conv_bn(1, 1, k) for k in (3, 5, 7)])
-        self.value,self.context = conv_bn(ni, n_out, 1),conv_bn(ni, n_out, 1)
+        self.value = conv_bn(ni, n_out, 1)
+        self.context = conv_bn(ni, n_out, 1)
 
-    def attention(self, f:Tensor)->Tensor:
-        maps,a = [f], 0
+    def attention(self, f:Tensor)->Tensor: # `(n, ni, h, w)` to `(n, 1, h, w)`
+        maps = [f]
         for down in self.down: maps.append(down(maps[-1]))
-        for refine in self.refine: a = resize(refine(maps.pop())+a, maps[-1])
+        a = 0
+        for refine in self.refine:
+            a = a + refine(maps.pop())
+            a = resize(a, maps[-1])
         return a
 
-    def forward(self, f:Tensor)->Tensor: return self.value(f)*self.attention(f) + self.context(f.mean((2, 3), keepdim=True))
+    def forward(self, f:Tensor)->Tensor: # `(n, ni, h, w)` to logits `(n, n_out, h, w)`
+        mean = f.mean((2, 3), keepdim=True)
+        return self.value(f)*self.attention(f) + self.context(mean)
 
 # %% ../../nbs/13_models.lednet.ipynb #b3d745d6
 class LEDNet(nn.Module):
@@ -98,7 +113,8 @@ class LEDNet(nn.Module):
         n_in:int=3, # Channels of the images
     ):
         super().__init__()
-        self.encoder,self.apn = led_encoder(n_in),APN(128, n_out)
+        self.encoder = led_encoder(n_in)
+        self.apn = APN(128, n_out)
 
     def forward(self, x:Tensor)->Tensor: return resize(self.apn(self.encoder(x)), x)
 

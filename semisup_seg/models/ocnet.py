@@ -1,4 +1,4 @@
-"""Each position asks all others what they know, and the map of its questions can be looked at.
+"""Self-attention over all positions of the encoder's map, with its attention maps shown before and after training.
 
 Docs: https://semisup-seg.github.io/semisup_seg/models.ocnet.html.md"""
 
@@ -28,20 +28,25 @@ class ObjectContext(nn.Module):
         mid:int=256,  # Channels of query, key and value
     ):
         super().__init__()
-        self.f_q,self.f_v,self.out = conv_bn(n, mid, 1), nn.Conv2d(n, mid, 1), nn.Conv2d(mid, n, 1)
+        self.f_q = conv_bn(n, mid, 1)
+        self.f_v = nn.Conv2d(n, mid, 1)
+        self.out = nn.Conv2d(mid, n, 1)
 
     def weights(self, x:Tensor)->Tensor: # `(n, c, h, w)` to w, `(n, h·w, h·w)`
         q = positions(self.f_q(x))
-        return (q @ q.mT / q.shape[-1]**0.5).softmax(-1)
+        products = q @ q.mT / q.shape[-1]**0.5
+        return products.softmax(-1)
 
     def forward(self, x:Tensor)->Tensor: # `(n, c, h, w)` to the same shape
-        q,v = (positions(f(x))[:, None] for f in (self.f_q, self.f_v))
+        q = positions(self.f_q(x))[:, None]  # one attention head
+        v = positions(self.f_v(x))[:, None]
         c = F.scaled_dot_product_attention(q, q, v)[:, 0]
-        return self.out(c.unflatten(1, x.shape[-2:]).movedim(-1, 1))
+        c_map = c.unflatten(1, x.shape[-2:]).movedim(-1, 1)
+        return self.out(c_map)
 
 # %% ../../nbs/15_models.ocnet.ipynb #b10af386
 class OCNet(nn.Module):
-    "Dilated encoder, object context beside its map, both fused (Yuan et al. 2021, Base-OC)"
+    "Dilated encoder, its map and object context of it, both fused (Yuan et al. 2021, Base-OC)"
     def __init__(self,
         encoder:nn.Module, # Gives a list that ends with its last map, as `dilated_encoder`
         n_out:int,         # Classes
@@ -55,7 +60,8 @@ class OCNet(nn.Module):
 
     def forward(self, x:Tensor)->Tensor: # `(n, c, h, w)` to logits `(n, n_out, h, w)`
         y = self.reduce(self.encoder(x)[-1])
-        return resize(self.head(self.fuse(torch.cat([self.context(y), y], 1))), x)
+        both = torch.cat([self.context(y), y], 1)
+        return resize(self.head(self.fuse(both)), x)
 
 # %% ../../nbs/15_models.ocnet.ipynb #d84a454d
 @register('OCNet', 'self-attention over object context', 'https://arxiv.org/abs/1809.00916', backbone='resnet50')

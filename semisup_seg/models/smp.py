@@ -1,4 +1,4 @@
-"""Four ways back to full size, what each lets a pixel see, and eight more for any encoder, DINOv2 among them.
+"""Four decoders for any timm encoder, the classic U-Net, and eight more networks, among them DPT with DINOv2.
 
 Docs: https://semisup-seg.github.io/semisup_seg/models.smp.html.md"""
 
@@ -16,7 +16,10 @@ from .weights import MIT
 from .core import conv_bn, register
 
 # %% ../../nbs/19_models.smp.ipynb #1d961b34
-def _encoder(backbone, n_in): return dict(encoder_name=backbone if backbone in MIT else f'tu-{backbone}', encoder_weights=None, in_channels=n_in)
+def _encoder(backbone, n_in):
+    "The arguments by which segmentation_models_pytorch builds the encoder `backbone`; `tu-` marks those of timm"
+    name = backbone if backbone in MIT else f'tu-{backbone}'
+    return dict(encoder_name=name, encoder_weights=None, in_channels=n_in)
 
 # %% ../../nbs/19_models.smp.ipynb #a8532cb1
 def _double(ni, no): return nn.Sequential(conv_bn(ni, no), conv_bn(no, no))
@@ -28,7 +31,8 @@ class ClassicEncoder(nn.Module):
         widths:tuple, # Channels of the maps
     ):
         super().__init__()
-        self.steps = nn.ModuleList(_double(a, b) for a,b in zip((n_in, *widths), widths))
+        n_ins = n_in, *widths[:-1]
+        self.steps = nn.ModuleList(_double(a, b) for a,b in zip(n_ins, widths))
 
     def forward(self, x):
         maps = [self.steps[0](x)]
@@ -45,14 +49,17 @@ class ClassicUNet(nn.Module):
     ):
         super().__init__()
         self.encoder = ClassicEncoder(n_in, widths)
-        pairs = [*zip(widths[:0:-1], widths[-2::-1])]
-        self.ups = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, 2) for a,b in pairs)
-        self.steps = nn.ModuleList(_double(2*b, b) for _,b in pairs)
+        n_ins = widths[:0:-1]    # 1024, 512, 256, 128
+        n_outs = widths[-2::-1]  # 512, 256, 128, 64
+        self.ups = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, 2) for a,b in zip(n_ins, n_outs))
+        self.steps = nn.ModuleList(_double(2*b, b) for b in n_outs)
         self.head = nn.Conv2d(widths[0], n_out, 1)
 
     def forward(self, x):
         *skips,x = self.encoder(x)
-        for up,step in zip(self.ups, self.steps): x = step(torch.cat([skips.pop(), up(x)], 1))
+        for up,step in zip(self.ups, self.steps):
+            x = torch.cat([skips.pop(), up(x)], 1)
+            x = step(x)
         return self.head(x)
 
 # %% ../../nbs/19_models.smp.ipynb #7008caff
@@ -63,10 +70,12 @@ def unet(
     n_in:int,     # Channels of the images
 ):
     "U-Net (Ronneberger et al. 2015, figure 1), the classic one or over an encoder"
-    return ClassicUNet(n_out, n_in) if backbone is None else smp.Unet(**_encoder(backbone, n_in), classes=n_out)
+    if backbone is None: return ClassicUNet(n_out, n_in)
+    return smp.Unet(**_encoder(backbone, n_in), classes=n_out)
 
 # %% ../../nbs/19_models.smp.ipynb #5219f0f4
-@register('DeepLabV3+', 'atrous pyramid, one skip', 'https://arxiv.org/abs/1802.02611', backbone='resnet50', aliases=('DeepLab', 'DeepLabV3Plus'))
+@register('DeepLabV3+', 'atrous pyramid, one skip', 'https://arxiv.org/abs/1802.02611', backbone='resnet50',
+    aliases=('DeepLab', 'DeepLabV3Plus'))
 def deeplabv3plus(
     backbone:str, # timm encoder that can be dilated
     n_out:int,    # Classes
@@ -87,7 +96,8 @@ def manet(
     return smp.MAnet(**_encoder(backbone, n_in), classes=n_out)
 
 # %% ../../nbs/19_models.smp.ipynb #52133d76
-@register('PAN', 'pyramid attention guides fine maps', 'https://arxiv.org/abs/1805.10180', backbone='resnet50', min_size=128)
+@register('PAN', 'pyramid attention guides fine maps', 'https://arxiv.org/abs/1805.10180', backbone='resnet50',
+    min_size=128)
 def pan(
     backbone:str, # timm encoder that can be dilated
     n_out:int,    # Classes
@@ -98,35 +108,50 @@ def pan(
 
 # %% ../../nbs/19_models.smp.ipynb #d9a27d2d
 def _more(name, model, idea, paper, backbone='resnet50', aliases=(), **options):
+    "Register the class `model` of segmentation_models_pytorch as the network `name`"
     def _build(backbone, n_out, n_in): return model(**_encoder(backbone, n_in), classes=n_out, **options)
+    paper = f'https://arxiv.org/abs/{paper}'
     register(name, idea, paper, backbone, aliases=aliases, more=True)(_build)
 
-_more('Unet++', smp.UnetPlusPlus, 'nested, dense skip connections', 'https://arxiv.org/abs/1807.10165', aliases=('UnetPlusPlus',))
-_more('Linknet', smp.Linknet, 'adds encoder maps, not joins', 'https://arxiv.org/abs/1707.03718')
-_more('FPN', smp.FPN, 'one pyramid, summed at last', 'https://arxiv.org/abs/1612.03144')
-_more('PSPNet', smp.PSPNet, 'means over four bin sizes', 'https://arxiv.org/abs/1612.01105')
-_more('DeepLabV3', smp.DeepLabV3, 'atrous pyramid, no skip', 'https://arxiv.org/abs/1706.05587', encoder_output_stride=16)
-_more('UPerNet', smp.UPerNet, 'bins below, pyramid above', 'https://arxiv.org/abs/1807.10221')
-_more('Segformer', smp.Segformer, 'four-scale transformer, light head', 'https://arxiv.org/abs/2105.15203', backbone='mit_b2')
+_more('Unet++', smp.UnetPlusPlus, 'nested, dense skip connections', '1807.10165', aliases=('UnetPlusPlus',))
+_more('Linknet', smp.Linknet, 'adds encoder maps, not joins', '1707.03718')
+_more('FPN', smp.FPN, 'one pyramid, summed at last', '1612.03144')
+_more('PSPNet', smp.PSPNet, 'means over four bin sizes', '1612.01105')
+_more('DeepLabV3', smp.DeepLabV3, 'atrous pyramid, no skip', '1706.05587', encoder_output_stride=16)
+_more('UPerNet', smp.UPerNet, 'bins below, pyramid above', '1807.10221')
+_more('Segformer', smp.Segformer, 'four-scale transformer, light head', '2105.15203', backbone='mit_b2')
 
 # %% ../../nbs/19_models.smp.ipynb #1f5b689d
-class _Patches(nn.Conv2d):
-    "Cuts an image that is 16/14 too large for its kernel"
-    def forward(self, x): return super().forward(F.interpolate(x, scale_factor=14/16, mode='bilinear'))
+class _ScaledPatches(nn.Conv2d):
+    "Patch embedding with 14 × 14 kernels of an image with 16 × 16 patches"
+    def forward(self, x):
+        x = F.interpolate(x, scale_factor=14/16, mode='bilinear')
+        return super().forward(x)
 
-@register('DPT', 'transformer read at four depths', 'https://arxiv.org/abs/2103.13413', backbone='vit_small_patch14_dinov2', more=True)
+# %% ../../nbs/19_models.smp.ipynb #70e51cf2
+def _vit_options(backbone):
+    "The further arguments by which segmentation_models_pytorch builds the vision transformer `backbone`"
+    options = {}
+    is_plain = timm.models.is_model_in_modules(backbone, ('vision_transformer', 'deit', 'eva'))
+    if is_plain: options['dynamic_img_size'] = True
+    if 'patch14' in backbone:
+        side = timm.get_pretrained_cfg(backbone).input_size[-1]
+        options |= dict(patch_size=16, img_size=side//14*16)
+    return options
+
+# %% ../../nbs/19_models.smp.ipynb #5aecfaa6
+@register('DPT', 'transformer read at four depths', 'https://arxiv.org/abs/2103.13413',
+    backbone='vit_small_patch14_dinov2', more=True)
 def dpt(
     backbone:str, # Vision transformer of timm, DINOv2 among them
     n_out:int,    # Classes
     n_in:int,     # Channels of the images
 ):
     "Dense Prediction Transformer (Ranftl et al. 2021, figure 1)"
-    plain,odd = timm.models.is_model_in_modules(backbone, ('vision_transformer', 'deit', 'eva')), 'patch14' in backbone
-    net = smp.DPT(**_encoder(backbone, n_in), classes=n_out, **(dict(dynamic_img_size=True) if plain else {}),
-        **(dict(patch_size=16, img_size=timm.get_pretrained_cfg(backbone).input_size[-1]//14*16) if odd else {}))
+    net = smp.DPT(**_encoder(backbone, n_in), **_vit_options(backbone), classes=n_out)
     vit = net.encoder.model
-    if odd:
+    if 'patch14' in backbone:
         old = vit.patch_embed.proj
-        vit.patch_embed.proj = _Patches(n_in, old.out_channels, 14, 14, bias=old.bias is not None)
+        vit.patch_embed.proj = _ScaledPatches(n_in, old.out_channels, 14, 14, bias=old.bias is not None)
     vit.prune_intermediate_layers(net.encoder._output_indices, prune_norm=True)
     return net

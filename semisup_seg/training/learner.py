@@ -26,6 +26,7 @@ from fastai.callback.tracker import EarlyStoppingCallback, TrackerCallback
 from fastai.callback.schedule import *
 from fastai.learner import Learner
 from fastai.torch_core import params
+from fastcore.basics import patch
 
 # %% ../../nbs/23_training.learner.ipynb #c8a2a6dc
 def encoder_splitter(
@@ -47,9 +48,8 @@ class EpochLogger(Callback):
     @staticmethod
     def print_row(row):
         "Print names, or the numbers of an epoch, as a line of a table"
-        first,*others = row
-        cells = [f'{o:>14.4f}' if isinstance(o, float) else f'{str(o):>14}' for o in others]
-        print(f'{str(first):>7}' + ''.join(cells), flush=True)
+        cells = [f'{o:>14.4f}' if isinstance(o, float) else f'{str(o):>14}' for o in row[1:]]
+        print(f'{str(row[0]):>7}', *cells, sep='', flush=True)
 
 # %% ../../nbs/23_training.learner.ipynb #3b17b959
 def seg_learner(
@@ -92,12 +92,17 @@ class KeepBest(TrackerCallback):
     def after_fit(self):
         if self.state: self.model.load_state_dict(self.state)
 
-    def state_dict(self): return dict(best=self.best, best_epoch=self.best_epoch, state=self.state)
-    def load_state_dict(self, d): vars(self).update(d)
+# %% ../../nbs/23_training.learner.ipynb #5d4296df
+@patch
+def state_dict(self:KeepBest): return dict(best=self.best, best_epoch=self.best_epoch, state=self.state)
+
+@patch
+def load_state_dict(self:KeepBest, d): vars(self).update(d)
 
 # %% ../../nbs/23_training.learner.ipynb #ec12d434
 MIN_STEPS = 30  # batches that a trial run needs
 
+# %% ../../nbs/23_training.learner.ipynb #db0a2138
 def find_lr(
     learn:Learner,  # Ready to train
     steps:int=100,  # Batches to try, at least `MIN_STEPS`
@@ -115,6 +120,7 @@ def _history(learn, stage):
     names = learn.recorder.metric_names[1:-1]
     return [dict(stage=stage, **{k: round(float(v), 5) for k,v in zip(names, row)}) for row in learn.recorder.values]
 
+# %% ../../nbs/23_training.learner.ipynb #60dcf180
 def _seeded(seed, stage): return [] if seed is None else [SeedEpoch(seed, stage)]
 
 def _train_stage(learn, stage, epochs, lr, cbs, seed, file, key, state):
@@ -127,7 +133,7 @@ def _train_stage(learn, stage, epochs, lr, cbs, seed, file, key, state):
     with resume_loop(learn, done): learn.fit_one_cycle(epochs, lr, cbs=cbs)
     learn.history += _history(learn, stage)
 
-# %% ../../nbs/23_training.learner.ipynb #fec0b105
+# %% ../../nbs/23_training.learner.ipynb #8c2f9d90
 def _check_schedule(epochs, freeze_epochs, lr, frozen_lr, find_steps, patience, seed):
     "Refuse what is no schedule, before anything is trained"
     check_numbers(epochs=(epochs, 1), freeze_epochs=(freeze_epochs, 0))

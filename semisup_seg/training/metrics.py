@@ -16,6 +16,7 @@ from ..core import IGNORE
 
 import numpy as np, torch
 from fastai.learner import Metric
+from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../../nbs/20_training.metrics.ipynb #81f6ae58
@@ -25,14 +26,12 @@ def confusion_counts(
     n:int,       # Number of classes
 )->Tensor:       # float64 `(3, n)`: pixels in common, predicted, true
     "Count the pixels of each class that `pred` and `targ` have in common, and that each of them has"
-    pred = pred.flatten().long()
-    targ = targ.flatten().long()
-    counted = targ!=IGNORE
-    pairs = targ[counted]*n + pred[counted]
+    valid = targ!=IGNORE
+    pairs = targ[valid].long()*n + pred[valid].long()
     m = torch.bincount(pairs, minlength=n*n).reshape(n, n).double()
     return torch.stack([m.diagonal(), m.sum(0), m.sum(1)])
 
-# %% ../../nbs/20_training.metrics.ipynb #7fca0dd6
+# %% ../../nbs/20_training.metrics.ipynb #b144a80f
 @dataclass(frozen=True)
 class SegMetric:
     "A metric of the registry: a function that returns one value per class, and how to call it"
@@ -42,17 +41,9 @@ class SegMetric:
     needs_spacing:bool=False   # Takes the size of a pixel, `(height, width)`
     from_counts:bool=False     # Computed from `confusion_counts`
 
-    def score_image(self, pred, truth, n, spacing=(1., 1.)):
-        "Score two masks uint8 `(h, w)` by a metric that is not computed from counts: float64 `(n,)`"
-        args = (spacing,) if self.needs_spacing else ()
-        pred = np.where(truth==IGNORE, np.uint8(IGNORE), pred)
-        values = torch.as_tensor(self.func(pred, truth, n, *args), dtype=torch.float64)
-        if values.shape!=(n,): raise ValueError(f'{self.name}: returned values of shape {tuple(values.shape)}; expected one for each of {n} classes')
-        return values
-
 metrics = {}
 
-# %% ../../nbs/20_training.metrics.ipynb #1ceaf761
+# %% ../../nbs/20_training.metrics.ipynb #803513b7
 def register_metric(
     higher_is_better:bool=True, # False: a lower value is better
     needs_spacing:bool=False,   # The function takes the size of a pixel as its last argument
@@ -62,12 +53,13 @@ def register_metric(
     def _add(func):
         name = func.__name__
         old = metrics[name].func if name in metrics else func
-        if (old.__module__, old.__qualname__)!=(func.__module__, func.__qualname__): raise ValueError(f'The metric {name!r} is registered already')
+        is_same = (old.__module__, old.__qualname__)==(func.__module__, func.__qualname__)
+        if not is_same: raise ValueError(f'The metric {name!r} is registered already')
         metrics[name] = SegMetric(name, func, higher_is_better, needs_spacing, from_counts)
         return func
     return _add
 
-# %% ../../nbs/20_training.metrics.ipynb #faa90f63
+# %% ../../nbs/20_training.metrics.ipynb #275030c7
 @register_metric(from_counts=True)
 def dice(
     counts:Tensor, # From `confusion_counts`, `(3, …, n)`
@@ -75,6 +67,7 @@ def dice(
     "Dice coefficient of each class"
     return 2*counts[0]/(counts[1]+counts[2])
 
+# %% ../../nbs/20_training.metrics.ipynb #fa9c34f0
 @register_metric(from_counts=True)
 def jaccard(
     counts:Tensor, # From `confusion_counts`, `(3, …, n)`
@@ -82,13 +75,29 @@ def jaccard(
     "Jaccard index of each class"
     return counts[0]/(counts[1]+counts[2]-counts[0])
 
-# %% ../../nbs/20_training.metrics.ipynb #54b238b1
+# %% ../../nbs/20_training.metrics.ipynb #909ffb1b
+@patch
+def score_image(self:SegMetric,
+    pred:np.ndarray,  # Class indices, uint8 `(h, w)`
+    truth:np.ndarray, # Class indices, uint8 `(h, w)`
+    n:int,            # Number of classes
+    spacing=(1., 1.), # Height and width of a pixel, in the unit of the distances
+)->Tensor:            # float64 `(n,)`
+    "Score two masks by a metric that is not computed from counts"
+    pred = np.where(truth==IGNORE, np.uint8(IGNORE), pred)
+    args = (spacing,) if self.needs_spacing else ()
+    values = torch.as_tensor(self.func(pred, truth, n, *args), dtype=torch.float64)
+    if values.shape==(n,): return values
+    raise ValueError(f'{self.name}: returned values of shape {tuple(values.shape)}; expected one for each of {n} classes')
+
+# %% ../../nbs/20_training.metrics.ipynb #9ca89ccd
 def foreground_mean(
     values:Tensor, # One value per class, `(…, n)`
 )->Tensor:         # `(…)`, nan where no class has a value
     "Mean over the classes but the first, the background, without nan"
     return torch.as_tensor(values)[..., 1:].nanmean(-1)
 
+# %% ../../nbs/20_training.metrics.ipynb #ebdb668b
 def score_mask(
     pred:np.ndarray,  # Class indices, uint8 `(h, w)`
     truth:np.ndarray, # Class indices, uint8 `(h, w)`; `IGNORE` is left out
@@ -113,30 +122,38 @@ class ValidationScores:
         n:int, # Number of classes
     ):
         self.n = n
+        self.pooled = [m for m in metrics.values() if m.from_counts]
         self.per_image = [m for m in metrics.values() if not m.from_counts]
         self.reset()
 
     def reset(self):
+        "Forget all batches"
         self.counts = torch.zeros(3, self.n, dtype=torch.float64)
         self.values = {m.name: [] for m in self.per_image}
         self.last = None
 
-    def add(self, logits, truth):
-        "Add a batch, once, however often it is given in a row"
-        if self.last and self.last() is logits: return
-        self.last = weakref.ref(logits)
-        pred = logits.max(1).indices
-        self.counts += confusion_counts(pred, truth, self.n).cpu()
-        if not self.per_image: return
-        masks = [o.byte().cpu().numpy() for o in (pred, truth)]
-        for p,t in zip(*masks):
-            for m in self.per_image: self.values[m.name].append(m.score_image(p, t, self.n))
+# %% ../../nbs/20_training.metrics.ipynb #b75dbaa0
+@patch
+def add(self:ValidationScores,
+    logits:Tensor, # `(b, n, h, w)`
+    truth:Tensor,  # Class indices `(b, h, w)`
+):
+    "Add a batch, once, however often it is given in a row"
+    if self.last and self.last() is logits: return
+    self.last = weakref.ref(logits)
+    pred = logits.max(1).indices
+    self.counts += confusion_counts(pred, truth, self.n).cpu()
+    if not self.per_image: return
+    for p,t in zip(pred.byte().cpu().numpy(), truth.byte().cpu().numpy()):
+        for m in self.per_image: self.values[m.name].append(m.score_image(p, t, self.n))
 
-    def rows(self, metric):
-        "Values of `metric`: one row for all images from counts, else one for each, `(rows, n)`"
-        return metric.func(self.counts)[None] if metric.from_counts else torch.stack(self.values[metric.name])
+# %% ../../nbs/20_training.metrics.ipynb #667535f0
+@patch
+def rows(self:ValidationScores, metric):
+    "Values of `metric`: one row for all images from counts, else one for each, `(rows, n)`"
+    return metric.func(self.counts)[None] if metric.from_counts else torch.stack(self.values[metric.name])
 
-# %% ../../nbs/20_training.metrics.ipynb #8928bf60
+# %% ../../nbs/20_training.metrics.ipynb #0c666fa5
 class ForegroundMetric(Metric):
     "A column of the training table: a metric's mean over the classes but the first, or its value for one class"
     def __init__(self,
@@ -168,9 +185,8 @@ def overlap_metrics(
 )->list:         # fastai metrics: those from counts, then the others
     "Make the columns of the training table from `metrics`, for all classes and for each if there are several"
     scores = ValidationScores(len(names))
-    from_counts = [m for m in metrics.values() if m.from_counts]
     columns = []
-    for group in (from_counts, scores.per_image):
+    for group in (scores.pooled, scores.per_image):
         columns += [ForegroundMetric(scores, m) for m in group]
         if len(names)>2: columns += [ForegroundMetric(scores, m, i, c) for m in group for i,c in enumerate(names) if i]
     return columns

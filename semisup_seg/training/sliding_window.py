@@ -17,19 +17,38 @@ def window_starts(
 )->list:        # First pixel of each window
     "Place windows that cover `length` and overlap by a quarter at least"
     last = max(0, length-window)
-    n = 1 + int(np.ceil(last/(window*3/4)))
-    return [int(o) for o in np.linspace(0, last, n).round()]
+    steps = np.ceil(last/(0.75*window))
+    starts = np.linspace(0, last, int(steps)+1)
+    return starts.round().astype(int).tolist()
 
+# %% ../../nbs/24_training.sliding_window.ipynb #64ffa819
 def cut_windows(
     image:np.ndarray, # uint8 `(h, w, 3)`
     window:int,       # Side, pixels
 )->list:              # `((top, left), uint8 (window, window, 3))` each
     "Cut windows that cover `image`"
-    h,w = image.shape[:2]
-    below,right = max(0, window-h),max(0, window-w)
-    image = np.pad(image, ((0, below), (0, right), (0, 0)), 'symmetric')
-    corners = [(y, x) for y in window_starts(h, window) for x in window_starts(w, window)]
-    return [((y, x), image[y:y+window, x:x+window]) for y,x in corners]
+    h,w,_ = image.shape
+    below = max(0, window-h)
+    right = max(0, window-w)
+    padded = np.pad(image, ((0, below), (0, right), (0, 0)), 'symmetric')
+    rows = window_starts(h, window)
+    columns = window_starts(w, window)
+    return [((y, x), padded[y:y+window, x:x+window]) for y in rows for x in columns]
+
+# %% ../../nbs/24_training.sliding_window.ipynb #adb151cf
+def _window_weight(window):
+    "Weights of the pixels of a window, float32 `(window, window)`: distance to the border, in both directions"
+    place = np.arange(window)
+    ramp = np.minimum(place, place[::-1])+1
+    return np.outer(ramp, ramp).astype(np.float32)
+
+# %% ../../nbs/24_training.sliding_window.ipynb #473a2af1
+def _add_windows(maps, corners, window, size):
+    "Add `maps` `(window, window)` at `corners`, and cut the sum to `size`"
+    height,width = np.max(corners, 0)+window
+    total = np.zeros((height, width), np.float32)
+    for p,(y,x) in zip(maps, corners): total[y:y+window, x:x+window] += p
+    return total[:size[0], :size[1]]
 
 # %% ../../nbs/24_training.sliding_window.ipynb #809e556d
 def merge_windows(
@@ -39,13 +58,8 @@ def merge_windows(
     size:tuple,       # `(height, width)` of the image
 ):
     "Yield the merged probabilities of one class after the other, float32 `(height, width)` each"
-    to_border = np.minimum(np.arange(window), np.arange(window)[::-1])
-    ramp = np.float32(to_border+1)
-    hat = ramp[:, None]*ramp
-    padded = np.max(corners, 0)+window
-    def _sum(maps):
-        total = np.zeros(padded, np.float32)
-        for p,(y,x) in zip(maps, corners): total[y:y+window, x:x+window] += hat*p
-        return total[:size[0], :size[1]]
-    weight = _sum([1]*len(corners))
-    for c in range(probs.shape[1]): yield _sum(cv2.resize(p[c], (window, window)) for p in probs)/weight
+    weight = _window_weight(window)
+    weights = _add_windows([weight]*len(corners), corners, window, size)
+    for c in range(probs.shape[1]):
+        maps = (weight*cv2.resize(p[c], (window, window)) for p in probs)
+        yield _add_windows(maps, corners, window, size)/weights
