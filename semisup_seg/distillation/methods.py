@@ -53,8 +53,8 @@ def register_method(
     def _add(train):
         old = methods[name].train if name in methods else train
         modules = {old.__module__, train.__module__} - {'__main__'}  # where a notebook runs the cell that it exports
-        if old.__qualname__!=train.__qualname__ or len(modules)>1:
-            raise ValueError(f'The method {name!r} is registered already')
+        other = old.__qualname__!=train.__qualname__ or len(modules)>1
+        if other: raise ValueError(f'The method {name!r} is registered already')
         methods[name] = Method(name, about, train, online)
         return train
     return _add
