@@ -1,4 +1,4 @@
-"""Time every network beside the same one from another package, in one run, turn by turn.
+"""Time every network and the same one from another package alternately, in one process.
 
     pip install -e '.[bench]'
     python benchmarks/networks.py
@@ -44,7 +44,7 @@ def training(model, x):
     F.cross_entropy(model(x), y).backward()
     return time.perf_counter()-start
 
-def take_turns(
+def time_alternately(
     run,      # `forward` or `training`
     models,   # One or two
     x,        # Batch
@@ -55,24 +55,40 @@ def take_turns(
     rounds = max(5, min(30, int(budget/once)))
     times = [[] for _ in models]
     for i in range(rounds):
-        for k in (range(len(models)) if i%2 else reversed(range(len(models)))): times[k].append(run(models[k], x))
+        order = list(range(len(models)))
+        if i%2==0: order.reverse()
+        for k in order: times[k].append(run(models[k], x))
     return times
 
 def measure(name, size, bs, budget):
     "The rows of one network"
     other,peer = PEERS.get(name, ('', None))
     ours = build_model(name)
-    models = [ours] + ([peer(size)] if peer else [])
-    for last in (True, False):
-        layout = torch.channels_last if last else torch.contiguous_format
+    models = [ours, peer(size)] if peer else [ours]
+    machine = f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}'
+    for channels_last in (True, False):
+        layout = torch.channels_last if channels_last else torch.contiguous_format
         x = torch.rand(bs, 3, size, size).contiguous(memory_format=layout)
         models = [m.to(memory_format=layout) for m in models]
         for run in (forward, training):
-            times = take_turns(run, models, x, budget)
-            mid = [statistics.median(t)/bs for t in times]
-            ratio = statistics.median(a/b for a,b in zip(*times)) if peer else None
-            yield dict(zip(COLUMNS, (name, ours.config['backbone'] or '', run.__name__, 'yes' if last else 'no', f'{mid[0]:.5f}', other,
-                f'{mid[1]:.5f}' if peer else '', f'{ratio:.3f}' if peer else '', len(times[0]), f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}')))
+            times = time_alternately(run, models, x, budget)
+            seconds = [statistics.median(t)/bs for t in times]
+            row = dict.fromkeys(COLUMNS, '') | dict(network=name, backbone=ours.config['backbone'] or '', machine=machine)
+            row |= {'pass': run.__name__, 'channels_last': 'yes' if channels_last else 'no'}
+            row |= dict(seconds=f'{seconds[0]:.5f}', other=other, rounds=len(times[0]))
+            if peer:
+                ratio = statistics.median(a/b for a,b in zip(*times))
+                row |= dict(seconds_other=f'{seconds[1]:.5f}', ratio=f'{ratio:.3f}')
+            yield row
+
+def write_rows(file, rows):
+    "Write the table at once, so that an interrupted run leaves the old one"
+    new = file.with_suffix('.new')
+    with new.open('w', newline='', encoding='utf-8') as f:
+        w = csv.DictWriter(f, COLUMNS)
+        w.writeheader()
+        w.writerows(rows)
+    os.replace(new, file)
 
 def main():
     "Measure and write"
@@ -89,12 +105,7 @@ def main():
         for r in measure(name, o.size, o.bs, o.budget):
             rows.append(r)
             print('  '.join(str(v) for v in r.values()), flush=True)
-        new = o.out.with_suffix('.new')
-        with new.open('w', newline='', encoding='utf-8') as f:
-            w = csv.DictWriter(f, COLUMNS)
-            w.writeheader()
-            w.writerows(rows)
-        os.replace(new, o.out)
+        write_rows(o.out, rows)
 
 if __name__=='__main__':
     try: main()

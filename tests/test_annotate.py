@@ -1,5 +1,5 @@
 "Masks match their images, the table tells of each, and nothing half-done looks whole"
-import csv, gc, hashlib, os, resource, weakref
+import csv, hashlib, os, resource, time, weakref
 from collections import Counter
 from pathlib import Path
 
@@ -289,7 +289,12 @@ def test_few_images_are_in_memory(monkeypatch, tmp_path):
             super().__init__(*args, **kw)
             alive.add(self)
             most.append(len(alive))
+    real = N.annotate_prediction
+    def slow(*args):
+        time.sleep(0.005)
+        return real(*args)
     monkeypatch.setattr(B, 'Prediction', Counted)
+    monkeypatch.setattr(N, 'annotate_prediction', slow)  # the networks are faster than the disk
     annotate(Bright(), tmp_path/'in', tmp_path/'out', ['H Flip'], bs=2)
     assert len(most)==60 and max(most)<=20
 
@@ -304,7 +309,6 @@ def test_only_one_teacher_is_in_memory(monkeypatch, files, tmp_path):
     names,alive,most = [save_model(make_model(seed=i), tmp_path/f'{i}.pth') for i in range(3)], weakref.WeakSet(), []
     real = I.load_model
     def load(f):
-        gc.collect()
         alive.add(m := real(f))
         most.append(len(alive))
         return m

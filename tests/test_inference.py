@@ -180,10 +180,11 @@ def test_out_of_memory_halves_the_batch_for_good(capsys):
         predictor.probs(m, arrays[:5])
         assert m.seen[5:]==[2, 2, 1] and not capsys.readouterr().out
 
-def test_fewer_images_than_a_batch_are_halved_too():
+def test_fewer_images_than_a_batch_are_halved_too(capsys):
     m,predictor = Greedy(2, MemoryError()), Predictor((32, 48), bs=64)
     predictor.probs(m, [np.zeros((32, 48, 3), np.uint8)]*5)
     assert predictor.bs==2 and m.seen==[2, 2, 1]
+    assert capsys.readouterr().out.splitlines()==['out of memory: continuing with batches of 2']
 
 def test_out_of_memory_with_a_single_image():
     with pytest.raises(MemoryError, match='single image of 48×64 pixels; choose a smaller size'): predict(Greedy(0, MemoryError()), np.zeros((9, 9), np.uint8))

@@ -63,6 +63,16 @@ def test_masks_named_in_the_table_alone_are_ours(tiny, files, tmp_path):
     assert len(annotate(tiny, files[:2], tmp_path).pairs)==2
     assert {f.name for f in (tmp_path/'annotations').glob('*.png')}=={f'{f.stem}.png' for f in files[:2]}
 
+def test_killed_before_old_masks_are_deleted_they_are_still_ours(monkeypatch, tiny, files, tmp_path):
+    annotate(tiny, files, tmp_path)
+    (tmp_path/'annotations.csv').unlink()
+    def killed(journal): raise KeyboardInterrupt
+    monkeypatch.setattr(AnnotationJournal, '_delete_stale', killed)
+    with pytest.raises(KeyboardInterrupt): annotate(tiny, files[:2], tmp_path)
+    monkeypatch.undo()
+    assert len(annotate(tiny, files[:2], tmp_path).pairs)==2
+    assert {f.name for f in (tmp_path/'annotations').glob('*.png')}=={f'{f.stem}.png' for f in files[:2]}
+
 # --- going on
 
 def test_a_finished_call_is_not_repeated(tmp_path):
@@ -93,7 +103,8 @@ def test_only_new_and_changed_images_are_seen(tmp_path):
 def test_another_label_is_another_score(tmp_path):
     truth,m = pictures(tmp_path/'in', 3), Bright()
     f = next(iter(truth))
-    good,bad = (save(tmp_path/f'{k}.png', np.uint8(truth[f]^k)*193+7) for k in (False, True))
+    good,bad = (save(tmp_path/f'{k}.bmp', np.uint8(truth[f]^k)*193+7) for k in (False, True))
+    for o in (good, bad): os.utime(o, ns=(1, 1))  # as large and as old as each other
     def dice(**kw): return [r.dice for r in annotate(m, tmp_path/'in', tmp_path/'out', bs=1, **kw).rows]
     scores = [dice(labels={f: o})[0] for o in (good, bad)]
     assert scores[0]>0.9>0.1>scores[1] and dice()==[None]*3 and dice(labels={f: good})[0]==scores[0]

@@ -139,6 +139,12 @@ def test_only_the_drawn_images_are_predicted_where_scores_are_given(tmp_path, ti
     make_report(tiny, root)
     assert sorted(predicted)==sorted(i for i,_ in pairs), 'each image is predicted once'
 
+def test_given_scores_must_be_of_the_images_of_the_folder(trained_discs, tiny):
+    pairs = evaluation_files(trained_discs)[1]
+    rows = [dict(r, image=i.name) for r,(i,_) in zip(score_rows([0.4, 0.6]), pairs)]
+    for wrong in (rows[:1], rows[::-1]):
+        with pytest.raises(ValueError, match='scores: not those of the 2 images of Images/test'): make_report(tiny, trained_discs, scores=wrong)
+
 def test_scores_of_the_vote_are_not_computed_again(voted, tiny, monkeypatch):
     root,vote = voted
     pairs = evaluation_files(root)[1]

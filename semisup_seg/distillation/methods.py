@@ -52,8 +52,9 @@ def register_method(
     "Decorator that registers a function `(experiment, **options)`, which trains a student, as the method `name`"
     def _add(train):
         old = methods[name].train if name in methods else train
-        if (old.__module__, old.__qualname__)!=(train.__module__, train.__qualname__):
-            raise ValueError(f'The method {name!r} is registered already')
+        modules = {old.__module__, train.__module__} - {'__main__'}  # where a notebook runs the cell that it exports
+        other = old.__qualname__!=train.__qualname__ or len(modules)>1
+        if other: raise ValueError(f'The method {name!r} is registered already')
         methods[name] = Method(name, about, train, online)
         return train
     return _add

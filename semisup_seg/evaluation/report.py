@@ -210,8 +210,10 @@ def make_report(
     if scores is None:
         masks = masks or _predict(target, pairs, range(len(pairs)), bs)
         scores = score_masks(map(masks.get, range(len(pairs))), pairs, codes)
-    rows = dict(others or {})
     images = [image for image,_ in pairs]
+    names = [image.name for image in images]
+    if names!=[r['image'] for r in scores]: raise ValueError(f'scores: not those of the {len(names)} images of Images/{split}')
+    rows = dict(others or {})
     if vote and 'vote' not in rows: rows['vote'] = score_masks(read_masks(vote, images, codes), pairs, codes)
     report = Report(split, dict(rows, target=scores), against, settings)
     if annotations: report.pseudo = summarize_annotations(annotations)
