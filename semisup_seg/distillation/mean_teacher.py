@@ -36,7 +36,7 @@ class MeanTeacher(EMA):
     def __init__(self,
         loader,            # From `unlabeled_loader`
         decay:float=0.99,  # α: part of the teacher that a step keeps, 0–1
-        weight:float=10.,  # Of the consistency cost after the ramp
+        weight:float=0.1,  # Of the consistency cost after the ramp
         ramp:float=0.4,    # Part of the training over which the weight rises, 0–1
         epochs:int=None,   # Of the whole training, with frozen encoder and without; None: those of one `learn.fit`
     ):
@@ -95,7 +95,7 @@ def after_loss(self:MeanTeacher):
 @register_method('Mean Teacher', 'consistency with the moving average of its own weights')
 def mean_teacher(x,
     decay:float=0.99, # As in `MeanTeacher`
-    weight:float=10., # As in `MeanTeacher`
+    weight:float=0.1, # As in `MeanTeacher`
     ramp:float=0.4,   # As in `MeanTeacher`
     share:float=0.5,  # Of unlabelled images in each batch, 0–1
 ):
