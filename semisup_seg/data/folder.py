@@ -168,7 +168,7 @@ class DatasetSummary(Displayable):
         for split,shares in self.shares.items():
             res += [f'No pixel of {name} in {split}.' for name,share in zip(self.codes.names, shares) if not share]
         if 'test' not in self.counts:
-            res.append('No test set: the validation set will choose the model and judge it, so that scores come out too good.')
+            res.append('There is no test set: the validation set will choose the model and judge it, so that scores come out too good.')
         if 'unlabeled' not in self.counts: res.append('No unlabelled images: nothing to distil from.')
         return res
 
