@@ -39,7 +39,7 @@ def test_check_names_what_a_run_will_miss(tmp_path, discs):
     root = make_discs(tmp_path/'e', test=0, unlabeled=0)
     (root/'codes.txt').write_text('rest,0\ndisc,255\n<scar>,7\n')
     s = check_dataset(root)
-    assert s.unusual()[:2]==['No pixel of <scar> in train.', 'No pixel of <scar> in valid.'] and [o[:9] for o in s.unusual()[2:]]==['No test s', 'No unlabe']
+    assert s.unusual()[:2]==['No pixel of <scar> in train.', 'No pixel of <scar> in valid.'] and [o[:13] for o in s.unusual()[2:]]==['There is no t', 'No unlabelled']
     for o in s.unusual(): assert o in str(s) and o in s._repr_markdown_() and o.replace('<', '&lt;').replace('>', '&gt;') in s._repr_html_()
 
 def test_check_in_a_notebook_has_counts_and_colours(discs):
