@@ -16,7 +16,7 @@ def form(path, out, **kw): return run_form(path, **{**dict(TINY, out=str(out)), 
 # --- the fields
 
 def test_fields_hold_what_the_plan_says():
-    plan = Plan('d', 'o', 'model distillation', ('CGNet', 'PAN'), 2, 'MANet', 'resnet34', ('Gamma', 'V Flip'), 'naive', 64, 4, 3, 1, 0.1, 7, True, True)
+    plan = Plan('d', 'o', 'model distillation', ('CGNet', 'PAN'), 2, 'MANet', 'resnet34', ('Gamma', 'V Flip'), 'naive', 64, 4, 300, 0.1, 7, True, True)
     assert run_form(**vars(plan)).plan==plan
 
 def test_names_are_understood_as_everywhere():
