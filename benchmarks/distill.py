@@ -6,6 +6,7 @@
 `FOLDER` holds `kvasir_seg_256`, `busi_320` and `covid_ct_256`, each with `images/`, `masks/`, `codes.txt` and `groups.csv`.
 Each training adds a row to `nbs/results/distill.csv`; a row that is there is not trained again, so the same call goes on after an interruption."""
 import argparse, copy, csv, random, tempfile, time
+from functools import partial
 from pathlib import Path
 
 from semisup_seg.annotation.annotate import annotate, validation_dice
@@ -16,7 +17,7 @@ from semisup_seg.data.loaders import seg_dls, standard_augment
 from semisup_seg.training.learner import fit, seg_learner
 from semisup_seg.training.inference import load_model, save_model
 from semisup_seg.distillation.batches import ConfidenceThreshold, CutMix, HardLabels, MixedBatches, PseudoCallback, StrongAugment, random_box
-from semisup_seg.distillation.recipe import EMA, GEOMETRIC_VIEWS, Recipe, TopReliable, ViewAugment, get_recipe
+from semisup_seg.distillation.recipe import EMA, Recipe, TopReliable, get_recipe
 from semisup_seg.evaluation.scores import score_images
 from semisup_seg.training.metrics import score_mask
 
@@ -27,6 +28,7 @@ from splits import SETS, TABLE, lay_out, splits, spread
 
 NETWORKS = {'U-Net': ('U-Net', 'tf_efficientnet_lite0'), 'CGNet': ('CGNet', None)}
 VIEWS = dict(kvasir_seg_256=['H Flip', 'V Flip', 'H+V Flip'], busi_320=['H Flip'], covid_ct_256=['H Flip'])  # chosen on the validation images, see --views
+GEOMETRIC_VIEWS = ['H Flip', 'V Flip', 'H+V Flip', 'Rotate 90', 'Rotate 270']
 TEACHERS = 0, 1, 2  # seeds of the teachers that vote together
 COLUMNS = 'set', 'labels', 'network', 'arm', 'seed', 'size', 'bs', 'steps', 'seconds', 'valid', 'dev', 'test', 'pseudo', 'each'
 
@@ -58,10 +60,10 @@ class Swap(Callback):
 MAIN = {'supervised': None, 'ceiling': None, 'supervised, seen': None, 'ceiling, seen': None,
     'naive': ('data', 'naive'), 'data': ('data', 'default'), 'model': ('model', 'default'), 'both': ('both', 'default')}
 OTHER = {  # chkstyle: ignore-node
-    'both, soft': ('both', [ViewAugment(), MixedBatches(), EMA()]),
-    'both, swap': ('both', [ViewAugment(), MixedBatches(), HardLabels(), Swap(), EMA()]),
-    'both, CutMix': ('both', [ViewAugment(), MixedBatches(), HardLabels(), CutMix(), EMA()]),
-    'both, a quarter': ('both', [ViewAugment(), MixedBatches(0.25), HardLabels(), EMA()]),
+    'both, soft': ('both', [MixedBatches(), EMA()]),
+    'both, swap': ('both', [MixedBatches(), HardLabels(), Swap(), EMA()]),
+    'both, CutMix': ('both', [MixedBatches(), HardLabels(), CutMix(), EMA()]),
+    'both, a quarter': ('both', [MixedBatches(0.25), HardLabels(), EMA()]),
     'data, not seen': ('data', [MixedBatches(), HardLabels(), EMA()]),
     'model, not seen': ('model', [MixedBatches(), HardLabels(), EMA()]),
     'both, not seen': ('both', [MixedBatches(), HardLabels(), EMA()]),
@@ -80,10 +82,10 @@ OTHER = {  # chkstyle: ignore-node
         'mix, soft, CutMix, EMA': [MixedBatches(), CutMix(), EMA()],
         'mix, strong, CutMix, EMA, following': [MixedBatches(), HardLabels(), StrongAugment(), CutMix(), EMA(), Following()],
         'mix, EMA, from the teacher': [MixedBatches(), HardLabels(), EMA()],  # begins with the teacher's weights
-        'mix, soft, EMA, seen': [ViewAugment(), MixedBatches(), EMA()],
-        'mix, confident, EMA, seen': [ViewAugment(), MixedBatches(), ConfidenceThreshold(), HardLabels(), EMA()],
-        'mix, CutMix, EMA, seen': [ViewAugment(), MixedBatches(), HardLabels(), CutMix(), EMA()],
-        'mix a quarter, EMA, seen': [ViewAugment(), MixedBatches(0.25), HardLabels(), EMA()],
+        'mix, soft, EMA, seen': [MixedBatches(), EMA()],
+        'mix, confident, EMA, seen': [MixedBatches(), ConfidenceThreshold(), HardLabels(), EMA()],
+        'mix, CutMix, EMA, seen': [MixedBatches(), HardLabels(), CutMix(), EMA()],
+        'mix a quarter, EMA, seen': [MixedBatches(0.25), HardLabels(), EMA()],
         'all but again': [TopReliable(), MixedBatches(), ConfidenceThreshold(), StrongAugment(), CutMix(), EMA()]}.items()}}
 ARMS = {**MAIN, **OTHER}
 
@@ -91,9 +93,9 @@ def recipe_of(arm):
     "The recipe of an arm; one that changes nothing where no student is trained"
     return get_recipe(ARMS[arm][1]) if ARMS[arm] else Recipe()
 
-def has_views(arm, recipe):
+def has_views(arm):
     "Whether the networks of an arm are trained with the flips and quarter turns"
-    return arm.endswith(', seen') or recipe.augment is not None
+    return arm.endswith(', seen') or arm.startswith(('data', 'model', 'both')) and not arm.endswith(', not seen')
 
 class Bench:
     "All trainings on one set with one number of labels and one network"
@@ -120,7 +122,7 @@ class Bench:
     def pseudo(self, arm, seed, recipe):
         "The pseudo-labels of an arm: of one teacher, of all, or of the student of an earlier arm"
         kind = ARMS[arm][0]
-        seen = ', seen' if has_views(arm, recipe) else ''
+        seen = ', seen' if has_views(arm) else ''
         views = [] if kind=='model' else GEOMETRIC_VIEWS if seen else VIEWS[self.name]
         if recipe.rounds>1: ann = self.label(f'{arm}-{seed}', [self.model(arm.partition(', again')[0], seed)], views)
         elif kind=='data': ann = self.label(f'data{seen}-{seed}', [self.model(f'supervised{seen}', seed)], views)
@@ -140,6 +142,7 @@ class Bench:
         n,_ = recipe.batch_sizes(o.bs)
         dls = seg_dls(path, self.size, n, augment, pseudo=ann.pairs if ann and not recipe.mix else None, epoch_len=self.every*n)
         callbacks = recipe.make_callbacks(ann, self.size, o.bs, augment)
+        if not any(isinstance(cb, EMA) for cb in callbacks): callbacks.append(EMA())
         learn = seg_learner(dls, *NETWORKS[self.network], pretrained=self.network=='U-Net')
         if start: learn.model.load_state_dict(load_model(start).state_dict())
         learn.add_cbs(callbacks)
@@ -158,7 +161,7 @@ class Bench:
         ann = self.pseudo(arm, seed, recipe) if ARMS[arm] else None
         path = self.whole if arm.startswith('ceiling') else self.path
         start = self.model('supervised', seed) if arm.endswith('from the teacher') else None
-        augment = ViewAugment().augment(GEOMETRIC_VIEWS, self.size) if has_views(arm, recipe) else standard_augment
+        augment = partial(standard_augment, has_views(arm))
         learn,row = self.teach(path, self.model(arm, seed), seed, recipe, ann, start, augment)
         dev = self.scores(learn, self.others(arm))
         return dict(set=self.key, labels=self.labels, network=self.network, arm=arm, seed=seed, size=self.o.size, bs=self.o.bs, **row,

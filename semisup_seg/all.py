@@ -18,7 +18,7 @@ from semisup_seg.annotation.batch import annotate_batch
 from semisup_seg.annotation.vote_setup import prepare_vote
 from semisup_seg.annotation.annotate import annotate, validation_dice, write_masks
 from semisup_seg.distillation.batches import ConfidenceThreshold, CutMix, HardLabels, MixedBatches, PseudoCallback, StrongAugment
-from semisup_seg.distillation.recipe import EMA, Recipe, TopReliable, ViewAugment, get_recipe, recipes
+from semisup_seg.distillation.recipe import EMA, Recipe, TopReliable, get_recipe, recipes
 from semisup_seg.distillation.run import describe_event, read_events
 from semisup_seg.distillation.methods import Result, methods, online_training, register_method
 from semisup_seg.evaluation.report import Report, curves, evaluation_files, make_report, read_report, save_report

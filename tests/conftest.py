@@ -251,7 +251,7 @@ def make_experiment(path, out, bases=(), target=NET, views=(), size=SIZE):
     bases,target,views,size,summary = check_run(bases, target, views, path, out, size, False)
     run = open_run(out, {}, fingerprint(path), True)
     schedule = dict(epochs=2, freeze_epochs=0, lr=1e-3)
-    return Experiment(path, out, bases, target, views, size, 4, schedule, 0, False, summary, run, EventLog(out, len(bases)+1), ImageCache(size))
+    return Experiment(path, out, bases, target, views, size, 4, schedule, 2, 0, False, summary, run, EventLog(out, len(bases)+1), ImageCache(size))
 
 def digest(a): return hashlib.sha256(a.tobytes()).hexdigest()
 

@@ -16,7 +16,7 @@ from semisup_seg.training.inference import save_model
 
 TINY = ['--size', '32', '32', '--bs', '4', '--epochs', '1', '--freeze-epochs', '0', '--lr', '1e-3', '--scratch']
 RUN = 'from semisup_seg.app.cli import main; raise SystemExit(main())'
-DEFAULT = dict(bs=8, epochs=20, freeze_epochs=2, lr=None, seed=42, size=(256, 256), pretrained=True, resume=True)
+DEFAULT = dict(bs=8, steps=None, epochs=None, freeze_epochs=0, lr=2e-3, flips=True, seed=42, size=None, pretrained=True, resume=True)
 LITE = 'U-Net', 'tf_efficientnet_lite0'
 COMMANDS = 'demo', 'check', 'train', 'distill', 'online', 'predict', 'annotate', 'compare', 'networks'
 
@@ -79,8 +79,8 @@ def test_networks_prints_the_table(run, monkeypatch):
 
 def test_train_calls_simple_training(run, spy):
     calls = spy(D, 'simple_training')
-    code,out,_ = run('train', 'data', 'out', '--network', *NET, '--views', 'V Flip')
-    assert named(calls[0])==dict(DEFAULT, target=NET, path='data', out='out', views=['V Flip'])
+    code,out,_ = run('train', 'data', 'out', '--network', *NET, '--steps', '70', '--no-flips', '--lr', '0')
+    assert named(calls[0])==dict(DEFAULT, target=NET, path='data', out='out', steps=70, flips=False, lr=None)
     assert code==0 and 'the report' in out and str(Path('out/report.html')) in out
 
 def test_distill_calls_the_routine_with_all_options(run, spy):
@@ -90,7 +90,7 @@ def test_distill_calls_the_routine_with_all_options(run, spy):
     options = '--size 64 96 --bs 3 --epochs 4 --freeze-epochs 1 --lr 0.1 --seed 5 --weights w.pth --fresh --recipe naive'
     run('distill', 'a', 'b', '--base', 'PAN', 'x', '--target', 'unet', '--views', 'H Flip, gamma', 'V Flip', *options.split())
     assert named(calls[1])==dict(base=('PAN', 'x'), target=('unet', None), views=['H Flip', 'gamma', 'V Flip'], path='a', out='b',
-        bs=3, epochs=4, freeze_epochs=1, lr=0.1, seed=5, size=(64, 96), pretrained='w.pth', resume=False, recipe='naive')
+        bs=3, steps=None, epochs=4, freeze_epochs=1, lr=0.1, flips=True, seed=5, size=(64, 96), pretrained='w.pth', resume=False, recipe='naive')
     run('distill', 'a', 'b', '--scratch')
     assert named(calls[2])['pretrained'] is False
 

@@ -23,7 +23,7 @@ from semisup_seg.data.images import load_image, load_mask
 from semisup_seg.data.loaders import ImageCache
 from semisup_seg.distillation.batches import BatchMixer, HardLabels, MixedBatches
 from semisup_seg.distillation.distill import data_distillation, distill, model_data_distillation, model_distillation, simple_training
-from semisup_seg.distillation.recipe import EMA, GEOMETRIC_VIEWS, Recipe, TopReliable, ViewAugment, get_recipe
+from semisup_seg.distillation.recipe import EMA, Recipe, TopReliable, get_recipe
 from semisup_seg.distillation.run import EventLog, describe_event, read_events
 from semisup_seg.evaluation.compare import compare_runs
 from semisup_seg.evaluation.scores import score_images
@@ -109,11 +109,11 @@ def test_events_tell_the_run_and_the_terminal_prints_them(runs):
     events = read_events(run.out)
     training = ['stage', 'epoch', 'epoch']
     kinds = [e['event'] for e in events if e['event']!='warning']
-    assert kinds==[*training, 'annotation', *training, 'annotation', 'report']
+    assert kinds==['plan', *training, 'annotation', *training, 'annotation', 'report']
     shares = [e['share'] for e in events]
     assert shares==sorted(shares) and shares[0]==0 and shares[-1]==1
     assert [e['share'] for e in events if e['event']=='epoch']==[0.25, 0.5, 0.75, 1]
-    assert all(e['time_left'] is not None for e in events[1:]) and events[-1]['time_left']==0
+    assert all(e['time_left'] is not None for e in events if e['share']>0) and events[-1]['time_left']==0
     assert [(e['stage'], e['images'], e['votes']) for e in events if e['event']=='annotation']==[('annotations', 5, 3), ('vote/annotations', 2, 3)]
     assert Path(events[-1]['file'])==run.out/'report.html'
     assert run.seen.printed==[describe_event(e) for e in events]
@@ -228,7 +228,7 @@ def test_other_arguments_are_refused(runs, untrained):
         args = dict(base=NET, target=NET, views=golden.VIEWS, path=run.data, out=run.out, **golden.RUN)
         name = next(iter(changed)).replace('base', 'bases')
         with pytest.raises(ValueError, match=f'other {name}.*resume=False'): data_distillation(**{**args, **changed})
-    with pytest.raises(ValueError, match='other method, bases'): simple_training(NET, run.data, run.out, views=golden.VIEWS, **golden.RUN)
+    with pytest.raises(ValueError, match='other method, bases'): simple_training(NET, run.data, run.out, **golden.RUN)
     assert tree(run.out)==before and not untrained
 
 def test_afresh_replaces_the_outputs_of_an_earlier_run_and_keeps_other_files(untrained, trained_discs, tmp_path):
@@ -237,7 +237,7 @@ def test_afresh_replaces_the_outputs_of_an_earlier_run_and_keeps_other_files(unt
     (out/'notes.txt').write_text('mine')
     go(trained_discs, out, resume=False)
     assert len(untrained)==3 and tree(out).keys()==OUTPUTS | {'notes.txt'}
-    assert [e['event'] for e in read_events(out)][:1]==['stage'] and 'skipped' not in {e['event'] for e in read_events(out)}
+    assert [e['event'] for e in read_events(out)][:3]==['warning', 'plan', 'stage'] and 'skipped' not in {e['event'] for e in read_events(out)}
 
 def test_a_second_round_on_more_labels_is_compared_with_the_first(untrained, trained_discs, tmp_path):
     def _run(data, name): simple_training(NET, data, tmp_path/name, **OPTIONS)
@@ -336,7 +336,7 @@ def test_teacher_and_student_take_the_same_steps_on_different_images(untrained, 
         mixed = {f.name for cb in student.cbs if isinstance(cb, BatchMixer) for f,_ in cb.loader.items}
         pseudo = unlabeled if name=='naive' else {Path(r.image).name for r in ann.ranked()[-4:]}
         assert teacher.images==train and student.images | mixed==train | pseudo and bool(mixed)==(name=='mixed')
-        assert teacher.steps==student.steps==(2 if name=='naive' else 4)
+        assert teacher.steps==student.steps==2
 
 def test_another_student(untrained, trained_discs, tmp_path):
     res = data_distillation(NET, ('MANet', 'test_resnet'), ['Gamma', 'V Flip'], trained_discs, tmp_path/'out', **OPTIONS)
@@ -357,7 +357,7 @@ def test_simple_training_without_a_test_set_says_so(untrained, tmp_path):
 def test_simple_training_reports_on_the_test_set_and_leaves_unlabelled_images_alone(runs):
     run = runs('simple')
     assert run.result.report.split=='test' and 'There is no test set' not in (run.out/'report.html').read_text(encoding='utf-8')
-    assert not (run.out/'annotations.csv').exists() and run.seen.fits==[4]
+    assert not (run.out/'annotations.csv').exists() and run.seen.fits==[8]
     record = read_json(run.out/'run.json')
     assert record['args']['method']=='simple training' and 'recipe' not in record['args']
 
@@ -385,40 +385,34 @@ def test_views_are_evaluated_when_the_teachers_vote_and_not_again(monkeypatch, u
 
 @pytest.fixture
 def augmented(monkeypatch):
-    "The views that training images are changed by: of labelled images, network by network, and of pseudo-labelled ones"
+    "Whether images are flipped in training: labelled ones, network by network, and pseudo-labelled ones"
     labelled,pseudo = [], []
     def _watch(owner, name, calls):
         real = getattr(owner, name)
         def call(*args, **kwargs):
-            calls.append([v.name for v in args[3].args[0]] if hasattr(args[3], 'args') else 'standard')
+            calls.append(args[3].args[0])
             return real(*args, **kwargs)
         monkeypatch.setattr(owner, name, call)
     _watch(E, 'seg_dls', labelled)
     _watch(R, 'pseudo_loader', pseudo)
     return labelled, pseudo
 
-def test_training_images_are_changed_by_the_geometric_views_of_the_vote(untrained, augmented, trained_discs, tmp_path):
+def test_teachers_students_and_labels_alone_share_one_augmentation(untrained, augmented, trained_discs, tmp_path):
     labelled,pseudo = augmented
-    cases = dict(default=(['V Flip'], ['V Flip'], dict(views=['V Flip', 'Gamma', 'Scale 0.75'], size=(48, 48))))
-    cases['naive'] = 'standard', None, dict(views=['V Flip'], recipe='naive')
-    cases['without'] = 'standard', 'standard', dict(views=['V Flip'], recipe=[MixedBatches(), HardLabels()])
-    cases['several'] = GEOMETRIC_VIEWS, GEOMETRIC_VIEWS, dict(bases=[NET, NET], views=[])
-    for name,(want,want_pseudo,options) in cases.items():
+    for flips in (True, False):
+        go(trained_discs, tmp_path/f'distilled {flips}', flips=flips)
+        simple_training(NET, trained_discs, tmp_path/f'alone {flips}', flips=flips, **OPTIONS)
+        assert set(labelled)=={flips} and len(labelled)>=3 and pseudo==[flips]
         labelled.clear()
         pseudo.clear()
-        distilled(trained_discs, tmp_path/name, **options)
-        assert labelled==[want]*(1+len(options.get('bases', [NET]))), name
-        assert pseudo==([want_pseudo] if want_pseudo else []), name
 
-def test_labels_alone_are_changed_by_the_geometric_views_that_are_named(untrained, augmented, trained_discs, tmp_path):
-    labelled,pseudo = augmented
-    simple_training(NET, trained_discs, tmp_path/'out', views=['V Flip', 'Gamma'], **OPTIONS)
-    record = read_json(tmp_path/'out/run.json')
-    assert labelled[0]==['V Flip'] and record['args']['views']==['V Flip', 'Gamma'] and 'annotations' not in record['stages']
-    with pytest.raises(ValueError, match='other views'): simple_training(NET, trained_discs, tmp_path/'out', **OPTIONS)
-    labelled.clear()
-    D.train_labelled(make_experiment(trained_discs, tmp_path/'plain'))
-    assert labelled==['standard'] and not pseudo
+def test_labels_alone_take_the_steps_of_a_distillation(untrained, trained_discs, tmp_path):
+    costs = []
+    for name,train in dict(distilled=go, alone=partial(simple_training, NET)).items():
+        options = {} if name=='distilled' else OPTIONS
+        res = train(trained_discs, tmp_path/name, **options)
+        costs.append(res.report.settings['training']['target']['steps'])
+    assert costs[0]==costs[1]>0
 
 def test_model_distillation_votes_on_the_image_alone(monkeypatch):
     calls = []
@@ -438,7 +432,7 @@ class Counting(Callback):
 
 def test_two_trainings_with_one_recipe_are_as_with_two_and_leave_its_pieces_as_they_were(trained_discs, tmp_path):
     teacher = save_model(make_model(), tmp_path/'teacher.pth')
-    def _pieces(): return [TopReliable(0.6), ViewAugment(), MixedBatches(), HardLabels(), EMA(0.9), Counting()]
+    def _pieces(): return [TopReliable(0.6), MixedBatches(), HardLabels(), EMA(0.9), Counting()]
     def _train(name, recipe):
         x = make_experiment(trained_discs, tmp_path/name, [NET])
         x.schedule['epochs'] = 1
@@ -446,7 +440,7 @@ def test_two_trainings_with_one_recipe_are_as_with_two_and_leave_its_pieces_as_t
         return weights(x.out)
     pieces = _pieces()
     before = [dict(vars(p)) for p in pieces]
-    shared = Recipe(*pieces[:3], tuple(pieces[3:]))
+    shared = Recipe(*pieces[:2], tuple(pieces[2:]))
     Counting.seen.clear()
     first,second,other = _train('a', shared), _train('b', shared), _train('c', get_recipe(_pieces()))
     assert same(first, second) and same(first, other)

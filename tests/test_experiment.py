@@ -9,7 +9,8 @@ import semisup_seg.distillation.experiment as E
 from semisup_seg.annotation.annotate import validation_dice
 from semisup_seg.annotation.records import AnnotationRecord, Annotations
 from semisup_seg.data.folder import split_files, unlabeled_files
-from semisup_seg.distillation.experiment import check_run, model_file, view_means
+from semisup_seg.distillation.experiment import check_run, model_file, plan_epochs, view_means
+from semisup_seg.distillation.recipe import EMA
 from semisup_seg.distillation.run import read_events
 from semisup_seg.training.inference import load_model, save_model
 
@@ -50,7 +51,7 @@ def trained(trained_discs, tmp_path_factory):
 
 def test_a_trained_network_is_saved_and_its_stage_recorded(trained):
     stage = json.loads((trained.out/'run.json').read_text())['stages'][TARGET]
-    assert stage['steps']==2 and stage['seconds']>0 and [o['stage'] for o in stage['history']]==['all', 'all']
+    assert stage['steps']==4 and stage['seconds']>0 and [o['stage'] for o in stage['history']]==['all', 'all']
     assert {f.name for f in trained.out.iterdir()}=={'run.json', 'events.jsonl', f'{TARGET}.pth', f'{TARGET}.json'}  # no checkpoint
     assert load_model(trained.out/f'{TARGET}.pth').codes==trained.summary.codes
 
@@ -116,13 +117,37 @@ def test_no_network_stays_in_memory_after_its_training(monkeypatch, trained_disc
     finally: gc.enable()
     assert most==[0]*3
 
-def test_an_epoch_has_as_many_steps_for_few_labelled_images_as_all_images_need(trained_discs, tmp_path):
+def test_teachers_and_student_take_the_same_steps_whatever_they_train_on(trained_discs, tmp_path):
+    x = make_experiment(trained_discs, tmp_path/'out')  # four labelled images in batches of four, two steps an epoch
+    assert [len(x.new_learner(NET, n).dls.train) for n in (None, 2, 1)]==[2, 2, 2]
+
+def test_a_training_is_divided_into_epochs():
+    assert plan_epochs(None, None, 9, 4)==(20, 50)
+    assert plan_epochs(7, None, 9, 4)==(7, 1)
+    assert plan_epochs(50, None, 9, 4)==(20, 2)
+    assert plan_epochs(None, 3, 9, 4)==(3, 2)
+    assert plan_epochs(None, 3, 2, 4)==(3, 1)
+
+def test_a_new_run_repeats_warnings_and_says_how_long_it_will_take(trained_discs, tmp_path):
+    x = make_experiment(trained_discs, tmp_path/'out', [NET])
+    x.summary.counts.pop('test')
+    x.announce()
+    warned = [e for e in read_events(x.out) if e['event']=='warning']
+    plan = read_events(x.out)[-1]
+    assert 'no test set' in warned[0]['text'] and '4 steps are too few' in warned[-1]['text']
+    assert (plan['event'], plan['trainings'], plan['steps'])==('plan', 2, 4) and plan['seconds']>0
+    x.run.finish('base', steps=1)
+    n = len(read_events(x.out))
+    x.announce()
+    assert len(read_events(x.out))==n  # a run that goes on
+
+def test_every_training_ends_with_averaged_weights(monkeypatch, trained_discs, tmp_path):
+    given = []
+    monkeypatch.setattr(E, 'fit', lambda learn, *args, cbs, **kw: given.append([type(cb).__name__ for cb in cbs]) or 1/0)
     x = make_experiment(trained_discs, tmp_path/'out')
-    assert len(x.new_learner(NET).dls.train)==1  # four labelled images in batches of four
-    assert [x.images_per_epoch(n) for n in (1, 2, 4)]==[16, 9, 9]
-    for labelled,steps in ((2, 2), (1, 4)):
-        x.images = x.images_per_epoch(labelled)
-        assert [len(x.new_learner(NET, n).dls.train) for n in (None, labelled)]==[steps]*2  # teacher and student
+    for make in (list, lambda: [EMA(0.5)]):
+        with pytest.raises(ZeroDivisionError): x.train(x.out/'target.pth', NET, 0, make_callbacks=make)
+    assert [names.count('EMA') for names in given]==[1, 1]
 
 def test_pretrained_weights_are_for_networks_with_a_backbone_and_freeze_it_at_first(monkeypatch, trained_discs, tmp_path):
     made = []

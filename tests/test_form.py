@@ -9,14 +9,14 @@ from semisup_seg.app.form import run_form
 from semisup_seg.app.job import Plan
 from semisup_seg.evaluation.report import read_report
 
-TINY = dict(encoder='test_resnet', scratch=True, size=32, bs=4, epochs=8, freeze_epochs=0, lr=1e-3)
+TINY = dict(encoder='test_resnet', scratch=True, size=32, bs=4, steps=16, lr=1e-3)
 
 def form(path, out, **kw): return run_form(path, **{**dict(TINY, out=str(out)), **kw})
 
 # --- the fields
 
 def test_fields_hold_what_the_plan_says():
-    plan = Plan('d', 'o', 'model distillation', ('CGNet', 'PAN'), 2, 'MANet', 'resnet34', ('Gamma', 'V Flip'), 'naive', 64, 4, 3, 1, 0.1, 7, True, True)
+    plan = Plan('d', 'o', 'model distillation', ('CGNet', 'PAN'), 2, 'MANet', 'resnet34', ('Gamma', 'V Flip'), 'naive', 64, 4, 300, 0.1, 7, True, True)
     assert run_form(**vars(plan)).plan==plan
 
 def test_names_are_understood_as_everywhere():
@@ -92,7 +92,7 @@ def test_a_run_is_stopped_and_resumed_to_its_report(discs, tmp_path, background)
     assert 1<resumed[0]['epoch']<=stopped.epochs[-1]['epoch']+1
     assert f.job.progress.share==1 and 'value="1.0000"' in f.progress.value
     assert 'Gain over teacher' in f.report.value and str(tmp_path/'out/report.html') in f.answer.value
-    assert read_report(tmp_path/'out').settings['epochs']==8
+    assert read_report(tmp_path/'out').settings['epochs']==16
     f.look.click()
     f.annotations.children[0].accept.click()
     assert 'accepted' in [r.judgement for r in read_annotations(tmp_path/'out').rows]

@@ -8,7 +8,7 @@ import semisup_seg.app.job as J
 from semisup_seg.app.cli import parser
 from semisup_seg.app.job import Job, Plan, Progress
 
-WHOLE = Plan('d', 'o', 'data & model distillation', ('CGNet', 'PAN'), 2, 'MANet', 'resnet34', ('Gamma', 'V Flip'), 'naive', 64, 4, 3, 1, 0.1, 7, True, True)
+WHOLE = Plan('d', 'o', 'data & model distillation', ('CGNet', 'PAN'), 2, 'MANet', 'resnet34', ('Gamma', 'V Flip'), 'naive', 64, 4, 300, 0.1, 7, True, True)
 
 # --- the plan
 
@@ -16,9 +16,9 @@ def test_the_command_line_understands_a_plan():
     o = parser().parse_args(WHOLE.argv())
     assert (o.command, o.data, o.out, o.target)==('distill', 'd', 'o', ['MANet', 'resnet34'])
     assert o.base==[['CGNet']]*2+[['PAN', 'resnet34']]*2 and (o.views, o.recipe)==(['Gamma', 'V Flip'], 'naive')
-    assert (o.size, o.bs, o.epochs, o.freeze_epochs, o.lr, o.seed, o.scratch, o.fresh)==([64, 64], 4, 3, 1, 0.1, 7, True, True)
+    assert (o.size, o.bs, o.steps, o.lr, o.seed, o.scratch, o.fresh)==([64, 64], 4, 300, 0.1, 7, True, True)
     o = parser().parse_args(replace(WHOLE, routine='simple training', lr=0, scratch=False, fresh=False).argv())
-    assert (o.command, o.network, o.views, o.lr, o.scratch, o.fresh)==('train', ['MANet', 'resnet34'], [], None, False, False)
+    assert (o.command, o.network, o.lr, o.scratch, o.fresh)==('train', ['MANet', 'resnet34'], 0, False, False)
 
 def test_a_routine_uses_its_own_fields_only():
     assert replace(WHOLE, routine='model distillation').active_views==[]
@@ -42,13 +42,13 @@ def event(kind, share, stage='target_PAN', **facts): return dict(time=time.time(
 
 def test_progress_shows_the_last_stage_with_its_epochs():
     scores = [dict(train_loss=1/k, dice=0.1*k) for k in range(1, 11)]
-    events = [event('epoch', 0.5, 'base_PAN', epoch=1, epochs=1, scores=scores[0]), event('warning', 0.5, '', text='H Flip: <harms>')]
-    events += [event('epoch', 0.5+k/20, epoch=k, epochs=10, scores=s) for k,s in enumerate(scores, 1)]
+    events = [event('epoch', 0.5, 'base_PAN', epoch=1, epochs=1, steps=50, scores=scores[0]), event('warning', 0.5, '', text='H Flip: <harms>')]
+    events += [event('epoch', 0.5+k/20, epoch=k, epochs=10, steps=50, scores=s) for k,s in enumerate(scores, 1)]
     events[-1].update(time_left=250)
     p = Progress(events)
     assert (p.share, p.stage, len(p.epochs))==(1, 'target_PAN', 10) and str(p)=='100%, target_PAN, 4 min left'
     shown = p._repr_html_()
-    assert 'train loss' in shown and '10 of 10' in shown and '2 of 10' not in shown and '&lt;harms&gt;' in shown
+    assert 'train loss' in shown and '500 of 500' in shown and '100 of 500' not in shown and '&lt;harms&gt;' in shown
     assert Progress([*events, event('report', 1, '', file='report.html')]).stage=='report'
     assert str(Progress([]))=='0%, starting' and 'value="0.0000"' in Progress([])._repr_html_()
 
@@ -60,7 +60,7 @@ out.mkdir(exist_ok=True)
 if '--fresh' in sys.argv: (out/'events.jsonl').unlink(missing_ok=True)
 for k in (1, 2):
     while not (out/f'go{k}').exists(): time.sleep(0.01)
-    event = dict(time=time.time(), event='epoch', stage='target_PAN', epoch=k, epochs=2, scores=dict(dice=k/2), share=k/2, time_left=None)
+    event = dict(time=time.time(), event='epoch', stage='target_PAN', epoch=k, epochs=2, steps=50, scores=dict(dice=k/2), share=k/2, time_left=None)
     with open(out/'events.jsonl', 'a') as f: print(json.dumps(event), file=f)
 '''
 

@@ -81,9 +81,9 @@ def test_stages_of_a_fit(learn):
         assert all(p.requires_grad for p in learn.model.parameters())
 
 @pytest.mark.parametrize('args,want', [
-    (dict(), [(2, 1e-3, []), 100, (20, 0.02, ['KeepBest'])]),
-    (dict(epochs=3, freeze_epochs=1, lr=0.5, frozen_lr=0.1), [(1, 0.1, []), (3, 0.5, ['KeepBest'])]),
-    (dict(freeze_epochs=0, find_steps=37, patience=4), [37, (20, 0.02, ['EarlyStoppingCallback', 'KeepBest'])])])
+    (dict(), [(2, 1e-3, ['StopIfNotFinite']), 100, (20, 0.02, ['KeepBest', 'StopIfNotFinite'])]),
+    (dict(epochs=3, freeze_epochs=1, lr=0.5, frozen_lr=0.1), [(1, 0.1, ['StopIfNotFinite']), (3, 0.5, ['KeepBest', 'StopIfNotFinite'])]),
+    (dict(freeze_epochs=0, find_steps=37, patience=4), [37, (20, 0.02, ['EarlyStoppingCallback', 'KeepBest', 'StopIfNotFinite'])])])
 def test_schedule_and_its_defaults(monkeypatch, learn, args, want):
     calls = []
     def one_cycle(self, n, lr, cbs=()): calls.append((n, lr, sorted(type(c).__name__ for c in cbs)))
@@ -133,8 +133,14 @@ def test_a_loss_that_diverges_has_no_valley(monkeypatch, learn):
 
 # --- best epoch, early stop
 
-def test_the_best_of_scripted_epochs_is_kept():
-    for scores,best in (([0.2, 0.7, 0.5], 1), ([0.1, 0.2, 0.3], 2), ([0.4, 0.4, 0.4], 0), ([float('nan'), 0.2, 0.1], 1)):
+def test_a_loss_that_is_not_finite_ends_the_training_with_epoch_and_rate(learn):
+    with pytest.raises(ValueError, match=r'epoch [12]: the loss is (nan|inf) at a learning rate of .*; train with a lower lr'):
+        fit(learn, epochs=3, freeze_epochs=0, lr=1e9)
+
+def test_the_best_of_scripted_epochs_is_kept_and_of_equal_ones_the_last():
+    nan = float('nan')  # no image shows a class, and none was predicted
+    cases = ([0.2, 0.7, 0.5], 1), ([0.1, 0.2, 0.3], 2), ([0.4, 0.4, 0.4], 2), ([0., 0., 0.], 2), ([0., nan, 0.], 1), ([nan, nan, 0.], 1)
+    for scores,best in cases:
         model,keep = nn.Linear(1, 1), KeepBest()
         keep.learn = SimpleNamespace(model=model, recorder=SimpleNamespace(metric_names=['epoch', 'dice'], values=[]))
         keep.before_fit()

@@ -35,7 +35,7 @@ def test_grey_becomes_three_channels(trained_discs):
     assert x.dtype==torch.float32 and y.dtype in (torch.uint8, torch.int64) and 0<=x.min() and x.max()<=1
 
 def test_image_and_mask_stay_aligned(tmp_path):
-    def moves(): return A.Compose([t for t in standard_augment() if not isinstance(t, A.RandomBrightnessContrast)])
+    def moves(): return A.Compose([t for t in standard_augment() if not isinstance(t, A.ColorJitter)])
     dls = seg_dls(painted(make_discs(tmp_path/'d')), (64, 64), bs=4, augment=moves)
     set_seed(0)
     right,moved = [],0
@@ -45,6 +45,29 @@ def test_image_and_mask_stay_aligned(tmp_path):
         right.append(((x[:, 0]>120/255)==(y==1))[seen].float().mean())
         moved += (~seen).any().item()
     assert min(right)>0.97 and moved
+
+def corner(h, w):
+    "An image whose top left is bright, and its mask"
+    mask = np.zeros((h, w), np.uint8)
+    mask[:h//4, :w//2] = 1
+    return np.repeat(mask[..., None], 3, -1)*200, mask
+
+def flipped(h, w, **kw):
+    "Sixty draws of the flips and turns alone"
+    steps = standard_augment(**kw).transforms
+    moves = A.Compose([t for t in steps if not isinstance(t, (A.Affine, A.ColorJitter))])
+    moves.set_random_seed(0)
+    image,mask = corner(h, w)
+    return [moves(image=image, mask=mask) for _ in range(60)]
+
+def test_flips_and_turns_move_image_and_mask_alike():
+    for h,w,n in ((32, 32, 8), (32, 48, 4)):
+        draws = flipped(h, w)
+        assert all(np.array_equal(o['image'][..., 0], o['mask']*200) and o['mask'].shape==(h, w) for o in draws)
+        assert len({o['mask'].tobytes() for o in draws})==n
+
+def test_images_whose_sides_have_a_meaning_are_not_flipped():
+    assert len({o['mask'].tobytes() for o in flipped(32, 32, flips=False)})==1
 
 def test_nothing_is_claimed_beyond_the_border():
     im,m = np.full((40, 60, 3), 99, np.uint8), np.ones((40, 60), np.uint8)

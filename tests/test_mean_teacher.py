@@ -127,7 +127,7 @@ def test_the_ramp_is_that_of_the_whole_training(monkeypatch, untrained, trained_
     go(trained_discs, tmp_path/'out', epochs=7, options=dict(decay=0.8, weight=2, ramp=0.5, share=0.75))
     cb = next(cb for cb in untrained[0].cbs if isinstance(cb, MeanTeacher))
     assert (cb.decay, cb.weight, cb.ramp, cb.epochs, cb.loader.bs)==(0.8, 2, 0.5, 7, 3)
-    assert untrained[0].steps==4  # one labelled image in a batch: as many steps as there are
+    assert untrained[0].steps==2  # an epoch, as for a batch of labelled images alone
 
 def test_a_run_that_is_killed_in_its_training_ends_as_if_it_had_not_been(done, trained_discs, tmp_path):
     whole,res,_ = done

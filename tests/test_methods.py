@@ -84,8 +84,8 @@ def test_a_registered_method_gives_a_student_a_report_and_a_record(done, trained
     assert str(res.report) in repr(res) and 'report.html' in repr(res)
     args = json.loads((out/'run.json').read_text())['args']
     assert dict(method='Averaged', decay=0.5, target=list(NET), bases=[], views=[]).items()<=args.items()
-    assert [e['event'] for e in read_events(out)]==['stage', 'epoch', 'epoch', 'report']
-    assert [e['share'] for e in read_events(out)]==[0, 0.5, 1, 1]
+    assert [e['event'] for e in read_events(out)]==['warning', 'plan', 'stage', 'epoch', 'epoch', 'report']
+    assert [e['share'] for e in read_events(out)]==[0, 0, 0, 0.5, 1, 1]
 
 def test_each_image_is_decoded_once_and_test_images_pass_once_through_the_student(done, trained_discs):
     out,res,seen = done

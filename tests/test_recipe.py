@@ -8,10 +8,9 @@ from fastai.torch_core import set_seed
 
 import semisup_seg.distillation.recipe as R
 from semisup_seg.annotation.records import AnnotationRecord, Annotations
-from semisup_seg.annotation.views import views
 from semisup_seg.data.loaders import seg_dls, standard_augment
 from semisup_seg.distillation.batches import BatchMixer, CutMix, HardLabels, MixedBatches, StrongAugment
-from semisup_seg.distillation.recipe import EMA, GEOMETRIC_VIEWS, Recipe, TopReliable, ViewAugment, get_recipe, recipes
+from semisup_seg.distillation.recipe import EMA, Recipe, TopReliable, get_recipe, recipes
 from semisup_seg.training.learner import seg_learner
 
 def row(i, agreement, used=True, mask='m.png'): return AnnotationRecord(f'{i}.png', mask, confidence=0.5, agreement=agreement, used=used)
@@ -28,62 +27,6 @@ def test_top_reliable_keeps_the_upper_end_of_the_ranking(tmp_path):
 def test_top_reliable_does_not_bring_back_what_was_rejected_or_unread(tmp_path):
     rows = [row(0, 0.9, used=False), row(1, 0.8), row(2, None, used=False, mask='')]
     assert [r.used for r in TopReliable(1.).select(Annotations(tmp_path, rows, [])).rows]==[False, True, False]
-
-# --- ViewAugment
-
-def corner(h, w):
-    "An image whose top left is bright, and its mask"
-    mask = np.zeros((h, w), np.uint8)
-    mask[:h//4, :w//4] = 1
-    return np.repeat(mask[..., None], 3, -1)*200, mask
-
-def first_change(names, size, **pair):
-    "Sixty draws of what the views make of image and mask, before the standard changes"
-    tfm = ViewAugment().augment(names, size)().transforms[0]
-    tfm.set_random_seed(0)
-    return [tfm(**pair) for _ in range(60)]
-
-def used(make): return [v.name for v in make.args[0]]
-
-def test_image_and_mask_are_changed_by_the_same_view():
-    image,mask = corner(32, 32)
-    draws = first_change(GEOMETRIC_VIEWS, (32, 32), image=image, mask=mask)
-    assert all((o['image'][..., 0]==o['mask']*200).all() for o in draws)
-    want = {mask.tobytes(), *(np.ascontiguousarray(views[n].apply(mask)).tobytes() for n in GEOMETRIC_VIEWS)}
-    assert {o['mask'].tobytes() for o in draws}==want and len(want)==4  # of a corner, quarter turns look as flips
-
-def test_probabilities_are_changed_as_masks_are():
-    image,mask = corner(32, 32)
-    soft = np.stack([255-mask*255, mask*255], -1).astype(np.float32)
-    for o in first_change(['V Flip'], (32, 32), image=image, mask=soft): assert (o['mask'][..., 1]*200==o['image'][..., 0]*255.).all()
-
-def test_views_of_another_size_or_brightness_are_left_to_the_vote():
-    other = ['Scale 0.75', 'Scale 1.25', 'Gamma', 'Blurring', 'Equalize histogram']
-    turned = ['Rotate 90', 'V Flip']
-    for names,size,kept in ((other, (32, 32), []), (turned, (32, 48), ['V Flip']), (turned, (32, 32), turned)):
-        make = ViewAugment().augment(names, size)
-        image,mask = corner(*size)
-        assert used(make)==kept and make()(image=image, mask=mask)['image'].shape==(*size, 3)
-        assert len(make().transforms)==len(standard_augment().transforms)+bool(kept)
-
-def test_where_no_view_votes_all_geometric_views_are_used_and_named_ones_come_first():
-    assert used(ViewAugment().augment([], (32, 32)))==GEOMETRIC_VIEWS
-    assert used(ViewAugment().augment([], (32, 48)))==['H Flip', 'V Flip', 'H+V Flip']
-    for voting in ([], ['V Flip']): assert used(ViewAugment(['H Flip']).augment(voting, (32, 32)))==['H Flip']
-    assert repr([ViewAugment(), ViewAugment(['H Flip'])])=="[ViewAugment(), ViewAugment(['H Flip'])]"
-    with pytest.raises(ValueError, match="Did you mean 'V Flip'"): ViewAugment(['V Flp'])
-
-def test_the_image_itself_is_drawn_as_often_as_each_view():
-    image,mask = corner(32, 32)
-    same = np.mean([(o['mask']==mask).all() for o in first_change(['V Flip'], (32, 32), image=image, mask=mask)])
-    assert 0.3<same<0.7
-
-def test_the_seed_decides_the_view():
-    make = ViewAugment().augment(['V Flip'], (32, 32))
-    image,mask = corner(32, 32)
-    a,b = make(), make()
-    for t in (a, b): t.set_random_seed(5)
-    for _ in range(5): assert (a(image=image, mask=mask)['mask']==b(image=image, mask=mask)['mask']).all()
 
 # --- EMA
 
@@ -174,16 +117,16 @@ def test_mixed_batches_put_a_mixer_with_a_loader_of_their_share_before_the_callb
     assert [type(cb) for cb in rest]==[HardLabels, EMA]
 
 def test_a_list_of_pieces_is_a_recipe_with_each_piece_in_its_place():
-    select,augment,mix,hard,mine = TopReliable(), ViewAugment(), MixedBatches(0.3), HardLabels(), Count()
-    recipe = get_recipe([hard, select, mine, mix, augment])
-    assert recipe==Recipe(select, augment, mix, (hard, mine))
-    assert repr(recipe)=='TopReliable(share=0.8), ViewAugment(), MixedBatches(share=0.3), HardLabels(), Count'
+    select,mix,hard,mine = TopReliable(), MixedBatches(0.3), HardLabels(), Count()
+    recipe = get_recipe([hard, select, mine, mix])
+    assert recipe==Recipe(select, mix, (hard, mine))
+    assert repr(recipe)=='TopReliable(share=0.8), MixedBatches(share=0.3), HardLabels(), Count'
     assert get_recipe(recipe) is recipe
 
 def test_named_recipes_go_by_their_names_in_any_spelling():
     for name in recipes: assert get_recipe(f' {name.upper()}') is recipes[name]
     assert repr(recipes['naive'])=='naive'
-    assert repr(recipes['default'])=='ViewAugment(), MixedBatches(share=0.5), HardLabels(), EMA(decay=0.98)'
+    assert repr(recipes['default'])=='MixedBatches(share=0.5), HardLabels()'
 
 def test_replace_gives_another_recipe_and_leaves_the_first():
     default = recipes['default']

@@ -67,7 +67,7 @@ def test_other_arguments_are_refused_by_name(tmp_path):
 def test_a_run_that_has_left_nothing_but_its_record_gives_way_to_another(tmp_path):
     open_run(tmp_path, dict(seed=1), 'abc', True)
     assert open_run(tmp_path, dict(seed=2), 'def', True).record['args']==dict(seed=2)
-    (tmp_path/'events.jsonl').write_text('')  # of its first training
+    (tmp_path/'base_CGNet.checkpoint').write_text('')  # of its first training
     with pytest.raises(ValueError, match='other seed, the data'): open_run(tmp_path, dict(seed=1), 'abc', True)
 
 def test_a_file_that_is_not_the_record_of_a_run_is_kept_and_refused(tmp_path):
@@ -112,7 +112,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(R, 'time', SimpleNamespace(time=lambda: clock.now))
     return clock
 
-def epoch(k, epochs, **scores): return dict(epoch=k, epochs=epochs, scores=scores)
+def epoch(k, epochs, **scores): return dict(epoch=k, epochs=epochs, steps=5, scores=scores)
 
 def tell(clock, log, *events):
     "Emit `(seconds since the last one, event, stage, facts)`; the pairs of share and time left that were written"
@@ -130,7 +130,7 @@ def test_share_rises_to_1_and_the_time_left_follows_from_the_speed_so_far(tmp_pa
     assert res==[(0, None), (0.25, 30), (0.5, 20), (0.5, 20), (0.5, 40), (0.75, 20), (1, 0), (1, 0)]
     events = read_events(tmp_path)
     assert [e['time'] for e in events]==[1000, 1010, 1020, 1020, 1040, 1060, 1080, 1085]
-    assert events[1]==dict(time=1010, event='epoch', stage='base', epoch=1, epochs=2, scores={}, share=0.25, time_left=30)
+    assert events[1]==dict(time=1010, event='epoch', stage='base', epoch=1, epochs=2, steps=5, scores={}, share=0.25, time_left=30)
 
 def test_the_report_is_the_end_of_a_run_that_trained_fewer_networks_than_it_said(tmp_path, clock):
     assert tell(clock, EventLog(tmp_path, 3), (0, 'stage', 'target', dict(steps=5, epochs=2)), (9, 'report', '', dict(file='out/report.html')))==[(0, None), (1, 0)]
@@ -152,9 +152,11 @@ def test_read_events_leaves_out_an_incomplete_last_line(tmp_path):
     assert [e['text'] for e in read_events(tmp_path)]==['färbt ab', 'again']
 
 LINES = {}
-LINES['base: training, 2 epochs of 5 steps'] = dict(event='stage', stage='base', steps=5, epochs=2)
-LINES['base: epoch 1 of 2, train loss 0.250, dice 0.712; 2 min left'] = dict(event='epoch', stage='base', **epoch(1, 2, train_loss=0.25, dice=0.7123), time_left=130.)
-LINES['base: epoch 2 of 2, dice 1.000'] = dict(event='epoch', stage='base', **epoch(2, 2, dice=1.), time_left=None)
+LINES['base: training, 10 steps'] = dict(event='stage', stage='base', steps=5, epochs=2)
+LINES['2 trainings of 10 steps at 32×48 pixels: about 2 min on this computer'] = dict(event='plan', stage='', trainings=2, steps=10, size=[32, 48], seconds=100.)
+LINES['base: learning rate 0.0031, found by a trial run'] = dict(event='rate', stage='base', lr=0.0031)
+LINES['base: step 5 of 10, train loss 0.250, dice 0.712; 2 min left'] = dict(event='epoch', stage='base', **epoch(1, 2, train_loss=0.25, dice=0.7123), time_left=130.)
+LINES['base: step 10 of 10, dice 1.000'] = dict(event='epoch', stage='base', **epoch(2, 2, dice=1.), time_left=None)
 LINES['base: finished already'] = dict(event='skipped', stage='base')
 LINES['target: going on after epoch 1 of 2'] = dict(event='resumed', stage='target', epoch=1, epochs=2)
 LINES['annotations: 3 images, 2 votes each'] = dict(event='annotation', stage='annotations', images=3, votes=2)

@@ -79,7 +79,7 @@ def _demo(o):
     out = Path(o.out)
     path = brain_slices(out/'data', n_labelled=2)
     net = 'U-Net', 'tf_efficientnet_lite0'
-    schedule = dict(size=(128, 128), epochs=9, freeze_epochs=1, lr=3e-3)
+    schedule = dict(size=(96, 96), steps=300)
     res = data_distillation(net, net, ['H Flip', 'Gamma'], path, out/'results', **schedule)
     _print_result(res)
 
@@ -92,12 +92,14 @@ def _check(o):
 
 # %% ../../nbs/65_app.cli.ipynb #a65cadd3
 TRAINING = (  # chkstyle: ignore-node
-    arg('--size', type=int, nargs=2, default=[256, 256], metavar=('H', 'W'),
-        help='height and width of the images in training, pixels (256 256)'),
+    arg('--size', type=int, nargs=2, metavar=('H', 'W'),
+        help='height and width of the images in training, pixels (256 256 on a GPU, 128 128 elsewhere)'),
     arg('--bs', type=int, default=8, help='images per batch (8)'),
-    arg('--epochs', type=int, default=20, help='epochs with all weights trained (20)'),
-    arg('--freeze-epochs', type=int, default=2, help='epochs before that with the encoder frozen (2)'),
-    arg('--lr', type=float, help='highest learning rate (found by a trial run)'),
+    arg('--steps', type=int, help='steps of each training (1000)'),
+    arg('--epochs', type=int, help='instead of steps: passes over all images, labelled and unlabelled'),
+    arg('--freeze-epochs', type=int, default=0, help='epochs before that with the encoder frozen (0)'),
+    arg('--lr', type=float, default=2e-3, help='highest learning rate (0.002); 0: found by a trial run'),
+    arg('--no-flips', action='store_true', help='train without flips and quarter turns, where left and right have a meaning'),
     arg('--seed', type=int, default=42, help='makes the result repeatable on one machine (42)'),
     arg('--weights', metavar='FILE', help='encoder weights from this file instead of a package or the hub'),
     arg('--scratch', action='store_true', help='start from random weights'),
@@ -106,8 +108,9 @@ TRAINING = (  # chkstyle: ignore-node
 # %% ../../nbs/65_app.cli.ipynb #0ad5e4de
 def _options(o):
     "The keywords of a routine from the arguments in `TRAINING`"
-    schedule = {k: getattr(o, k) for k in ('bs', 'epochs', 'freeze_epochs', 'lr', 'seed')}
-    return dict(schedule, size=tuple(o.size), pretrained=o.weights or not o.scratch, resume=not o.fresh)
+    schedule = {k: getattr(o, k) for k in ('bs', 'steps', 'epochs', 'freeze_epochs', 'seed')}
+    size = tuple(o.size) if o.size else None
+    return dict(schedule, size=size, lr=o.lr or None, flips=not o.no_flips, pretrained=o.weights or not o.scratch, resume=not o.fresh)
 
 # %% ../../nbs/65_app.cli.ipynb #b327692b
 NETWORK = dict(nargs='+', metavar=('NETWORK', 'BACKBONE'), default=['U-Net', 'tf_efficientnet_lite0'])
@@ -124,14 +127,11 @@ def _views(o):
     return [name.strip() for name in names if name.strip()]
 
 # %% ../../nbs/65_app.cli.ipynb #eb013434
-@command(DATA, OUT, arg('--network', **NETWORK),
-    arg('--views', **dict(VIEWS, default=[]), help='flips and turns that the training images are also shown in'), *TRAINING)
+@command(DATA, OUT, arg('--network', **NETWORK), *TRAINING)
 def _train(o):
     "train a network on the labelled images alone"
     from semisup_seg.distillation.distill import simple_training
-    network = _pair(o.network)
-    views = _views(o)
-    res = simple_training(network, o.data, o.out, views, **_options(o))
+    res = simple_training(_pair(o.network), o.data, o.out, **_options(o))
     _print_result(res)
 
 # %% ../../nbs/65_app.cli.ipynb #95f5d636

@@ -37,7 +37,7 @@ def _menu(kind, label, value, about, **kw):
 # %% ../../nbs/64_app.form.ipynb #a955fcbf
 NUMBERS = dict(  # chkstyle: ignore-node
     each=('Teachers per network', 1, 5), size=('Side, pixels', 32, 2048), bs=('Images per batch', 2, 512),
-    epochs=('Epochs', 1, 1000), freeze_epochs=('Epochs before, frozen', 0, 100), seed=('Seed', 0, 2**31-1))
+    steps=('Steps of each training', 1, 1000000), seed=('Seed', 0, 2**31-1))
 
 def number_fields(
     plan:Plan, # What the fields hold at first

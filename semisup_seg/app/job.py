@@ -42,11 +42,10 @@ class Plan:
     encoder:str='tf_efficientnet_lite0' # Backbone of the architectures that take it
     views:tuple=('H Flip',) # Names of views
     recipe:str='default'   # How the student learns from pseudo-labels, one of `recipes`
-    size:int=256           # Height and width of the images in training, pixels
+    size:int=128           # Height and width of the images in training, pixels
     bs:int=8               # Images per batch
-    epochs:int=20          # Epochs with all weights trained
-    freeze_epochs:int=2    # Epochs before that with the encoder frozen
-    lr:float=0             # Highest learning rate; 0: found by a trial run
+    steps:int=1000         # Steps of each training
+    lr:float=2e-3          # Highest learning rate; 0: found by a trial run
     seed:int=42            # Makes the result repeatable on one machine
     scratch:bool=False     # Start from random weights
     fresh:bool=False       # Start afresh where `out` holds an earlier run
@@ -105,9 +104,8 @@ def argv(self:Plan)->list: # Strings
         for base in self.bases: args += ['--base', *_words(base)]
         args += ['--views', *self.active_views, '--recipe', self.recipe]
     else: args = ['train', self.data, self.out, '--network', *_words(self.pair(self.target))]
-    args += ['--size', str(self.size), str(self.size), '--bs', str(self.bs), '--epochs', str(self.epochs)]
-    args += ['--freeze-epochs', str(self.freeze_epochs), '--seed', str(self.seed)]
-    if self.lr: args += ['--lr', str(self.lr)]
+    args += ['--size', str(self.size), str(self.size), '--bs', str(self.bs), '--steps', str(self.steps)]
+    args += ['--lr', str(self.lr), '--seed', str(self.seed)]
     if self.scratch: args.append('--scratch')
     if self.fresh: args.append('--fresh')
     return args
@@ -141,8 +139,8 @@ class Progress:
 def _score_table(epochs):
     "Scores on the validation images, a line per epoch"
     names = list(epochs[-1]['scores'])
-    lines = [[f'{e["epoch"]} of {e["epochs"]}', *(f'{e["scores"][n]:.3f}' for n in names)] for e in epochs[-8:]]
-    return Table([['epoch', *(n.replace('_', ' ') for n in names)], *lines])
+    lines = [[f'{e["epoch"]*e["steps"]} of {e["epochs"]*e["steps"]}', *(f'{e["scores"][n]:.3f}' for n in names)] for e in epochs[-8:]]
+    return Table([['step', *(n.replace('_', ' ') for n in names)], *lines])
 
 # %% ../../nbs/60_app.job.ipynb #24a0b773
 @patch

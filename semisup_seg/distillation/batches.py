@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..annotation.records import Annotations
 from ..core import IGNORE, check_fractions
-from ..data.loaders import ReadResized, standard_augment
+from ..data.loaders import ReadResized, seed_transforms, standard_augment
 from ..training.losses import one_hot
 
 import cv2, numpy as np, torch
@@ -31,7 +31,7 @@ from torchvision.transforms import v2
 # %% ../../nbs/50_distillation.batches.ipynb #b7b3c47b
 def _augment_pair(augment, image, mask):
     "Image and mask after the albumentations transform `augment`, with a seed from Python's generator"
-    augment.set_random_seed(random.getrandbits(32))
+    seed_transforms(augment)
     changed = augment(image=image, mask=mask)
     return torch.from_numpy(changed['image']).movedim(-1, 0), changed['mask']
 

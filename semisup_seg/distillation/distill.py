@@ -17,7 +17,7 @@ from ..annotation.views import get_views
 from ..data.folder import split_files, unlabeled_files
 from .experiment import Experiment, model_file
 from .methods import Result, Trained, register_method, run_method
-from .recipe import Recipe, ViewAugment, get_recipe
+from .recipe import Recipe, get_recipe
 
 from fastcore.meta import delegates
 
@@ -70,17 +70,13 @@ def train_target(
 @register_method('distillation', 'teachers vote on the unlabelled images, a student learns from all', online=False)
 def distillation(x, recipe):
     "Teachers × views → vote → pseudo-labels → student"
-    if recipe.augment: x.augment = recipe.augment.augment(x.views, x.size)
-    labelled,_ = recipe.batch_sizes(x.bs)
-    x.images = x.images_per_epoch(labelled)
     teachers = train_teachers(x)
     student,ann = train_target(x, recipe, list(teachers.values()), x.seed+len(teachers))
     return Trained(student, teachers, ann)
 
 @register_method('simple training', 'the labelled images alone', online=False)
 def train_labelled(x):
-    "The labelled images alone, with the geometric views among the augmentations if some are named"
-    if x.views: x.augment = ViewAugment().augment(x.views, x.size)
+    "The labelled images alone, with the augmentation and the steps of all runs"
     return Trained(x.train(model_file(x.out, 'target', x.target), x.target, x.seed+1))
 
 # %% ../../nbs/55_distillation.distill.ipynb #2d4e6d58
@@ -96,7 +92,7 @@ def distill(
 )->Result:
     "Teachers × views → vote → pseudo-labels → a student trained on all images → a report"
     recipe = get_recipe(recipe)
-    if not bases: return run_method('simple training', target, path, out, views=views, **kwargs)
+    if not bases: return run_method('simple training', target, path, out, **kwargs)
     trainings = len(bases)+recipe.rounds
     return run_method('distillation', target, path, out, bases, views, trainings, dict(recipe=recipe), **kwargs)
 
@@ -148,13 +144,12 @@ def model_data_distillation(
     "Several teachers vote on several views of each unlabelled image; the student learns from all images"
     return distill(_check_several(bases), target, _check_views(views), path, out, **kwargs)
 
-@delegates(distill, but=['recipe'])
+@delegates(distill, but=['recipe', 'views'])
 def simple_training(
     target:tuple,   # `(architecture, backbone)`
     path:str|Path,  # The data set folder
     out:str|Path,   # Where the results go
-    views:list=(),  # Names of geometric `views` that the augmentation uses too, as `ViewAugment` does
     **kwargs,       # As in `distill`
 )->Result:
     "Train on the labelled images alone, and report"
-    return distill([], target, views, path, out, **kwargs)
+    return distill([], target, [], path, out, **kwargs)

@@ -101,7 +101,6 @@ def mean_teacher(x,
 ):
     "Train with Mean Teacher"
     labelled,unlabelled = MixedBatches(share).split(x.bs)
-    x.images = x.images_per_epoch(labelled)
     def _callbacks():
         loader = unlabeled_loader(unlabeled_files(x.path), x.size, unlabelled, x.augment, x.cache)
         return [MeanTeacher(loader, decay, weight, ramp, x.total_epochs(x.target))]

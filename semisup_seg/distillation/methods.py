@@ -9,19 +9,21 @@ __all__ = ['methods', 'Method', 'Trained', 'register_method', 'Result', 'run_met
 
 # %% ../../nbs/54_distillation.methods.ipynb #742c0771
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from pathlib import Path
 
 from ..annotation.records import Annotations
 from ..core import check_numbers, check_positive, lookup
-from ..data.loaders import ImageCache
+from ..data.loaders import ImageCache, standard_augment
 from ..display import Displayable
-from .experiment import Experiment, check_run
+from .experiment import Experiment, check_run, plan_epochs
 from .run import EventLog, digest_files, fingerprint, open_run
 from ..evaluation.report import Report, evaluation_files, make_report, save_report
 from ..evaluation.scores import score_masks
 from ..training.inference import Predictor, load_model, predict_masks
 
+import torch
 from fastai.learner import Learner
 from fastcore.meta import delegates
 
@@ -88,10 +90,12 @@ def run_method(
     trainings:int=1,       # How many networks are trained
     options:dict=None,     # Of the method
     bs:int=8,              # Images per batch
-    size:tuple=(256, 256), # `(height, width)` at which networks see an image, pixels
-    epochs:int=20,         # Epochs with everything trained
-    freeze_epochs:int=2,   # Epochs before that with the encoder frozen
-    lr:float=None,         # Highest learning rate; None: found by a trial run
+    size:tuple=None,       # `(height, width)` at which networks see an image, pixels; None: 256×256 on a GPU, 128×128 elsewhere
+    steps:int=None,        # Steps of each training; None: `DEFAULT_STEPS`, or as `epochs` says
+    epochs:int=None,       # Instead of `steps`: passes over all images
+    freeze_epochs:int=0,   # Epochs before that with the encoder frozen
+    lr:float=2e-3,         # Highest learning rate; None: found by a trial run
+    flips:bool=True,       # Train with flips and quarter turns; False where left and right, or top and bottom, have a meaning
     seed:int=42,           # Fixes the result on one machine
     pretrained:bool|str=True, # Encoder weights: True from a package or the hub, a path, or False for random
     resume:bool=True,      # Continue an interrupted run of the same call; False: start afresh
@@ -100,15 +104,21 @@ def run_method(
     method = lookup(method, methods, 'method')
     options = _check_options(method, options or {})
     check_positive(lr=1. if lr is None else lr)
-    check_numbers(bs=(bs, 2), epochs=(epochs, 1), freeze_epochs=(freeze_epochs, 0), seed=(seed, 0))
+    check_numbers(bs=(bs, 2), freeze_epochs=(freeze_epochs, 0), seed=(seed, 0))
+    for name,value in dict(steps=steps, epochs=epochs).items():
+        if value is not None: check_numbers(**{name: (value, 1)})
+    size = size or ((256, 256) if torch.cuda.is_available() else (128, 128))
     unlabeled = True if method.online else None
     bases,target,views,size,summary = check_run(bases, target, views, path, out, size, pretrained, unlabeled)
+    images = summary.counts['train']+summary.counts.get('unlabeled', 0)
+    epochs,epoch_steps = plan_epochs(steps, epochs, images, bs)
     schedule = dict(epochs=epochs, freeze_epochs=freeze_epochs, lr=lr)
-    asked = dict(method=method.name, bases=bases, target=target, views=views, bs=bs, size=size, **schedule, seed=seed,
-        pretrained=_as_json(pretrained), **{k: _as_json(v) for k,v in options.items()})
+    asked = dict(method=method.name, bases=bases, target=target, views=views, bs=bs, size=size, **schedule, epoch_steps=epoch_steps,
+        flips=flips, seed=seed, pretrained=_as_json(pretrained), **{k: _as_json(v) for k,v in options.items()})
     run = open_run(out, asked, fingerprint(path), resume)
-    x = Experiment(Path(path), Path(out), bases, target, views, size, bs, schedule, seed, pretrained, summary, run,
-        EventLog(run.out, trainings), ImageCache(size))
+    x = Experiment(Path(path), Path(out), bases, target, views, size, bs, schedule, epoch_steps, seed, pretrained, summary, run,
+        EventLog(run.out, trainings), ImageCache(size), partial(standard_augment, flips))
+    x.announce()
     trained = method.train(x, **options)
     return _evaluate(x, trained)
 
@@ -149,7 +159,7 @@ def _costs(x, files):
     costs = {}
     for stage,facts in x.run.record['stages'].items():
         if 'seconds' not in facts: continue
-        cost = {k: facts[k] for k in ('steps', 'images', 'seconds') if k in facts}
+        cost = {k: facts[k] for k in ('steps', 'lr', 'images', 'seconds') if k in facts}
         if 'history' in facts: cost['epochs'] = len(facts['history'])
         costs[names.get(stage, stage)] = cost
     return costs
