@@ -24,7 +24,10 @@ from semisup_seg.distillation.methods import Result, methods, online_training, r
 from semisup_seg.evaluation.report import Report, curves, evaluation_files, make_report, read_report, save_report
 from semisup_seg.evaluation.scores import bootstrap_interval, score_images, score_masks
 from semisup_seg.distillation.distill import data_distillation, distill, model_data_distillation, model_distillation, simple_training
+from semisup_seg.distillation.online import CollapseWatch, OnlineTeacher, train_online
 from semisup_seg.distillation.mean_teacher import MeanTeacher
+from semisup_seg.distillation.fixmatch import FixMatch
+from semisup_seg.distillation.unimatch import UniMatch
 from semisup_seg.evaluation.compare import Comparison, compare_runs
 from semisup_seg.annotation.suggest import suggest
 from semisup_seg.annotation.review import Review, add_label

@@ -47,6 +47,7 @@ def spy(path, ann, callbacks=(), share=0.5, n=1, bs=4, seed=0):
     return s.seen
 
 def no_augment(): return A.Compose([])
+def shift_right(): return A.Compose([A.Affine(translate_px=dict(x=(8, 8), y=(0, 0)), fill_mask=IGNORE, p=1)])
 
 # --- pseudo_loader
 
@@ -79,20 +80,23 @@ def test_pseudo_loader_refuses_annotations_without_probabilities_or_without_imag
 
 # --- unlabeled_loader
 
-def test_unlabeled_loader_gives_augmented_images_alone(trained_discs):
+def test_unlabeled_loader_gives_augmented_images_and_where_they_end(trained_discs):
     files = unlabeled_files(trained_discs)
-    plain = unlabeled_loader(map(str, files), SIZE, 5, augment=no_augment).one_batch()
+    plain,inside = unlabeled_loader(map(str, files), SIZE, 5, augment=no_augment).one_batch()
     assert plain.shape==(5, 3, *SIZE) and 0<=plain.min() and plain.max()<=1
+    assert inside.shape==(5, *SIZE) and inside.all()
     want = sorted(ImageCache(SIZE).image(f)[0].mean()/255 for f in files)
     np.testing.assert_allclose(sorted(plain.mean((1, 2, 3)).tolist()), want, atol=1e-5)
-    assert not torch.equal(unlabeled_loader(files, SIZE, 5).one_batch().sort(0)[0], plain.sort(0)[0])
+    assert not torch.equal(unlabeled_loader(files, SIZE, 5).one_batch()[0].sort(0)[0], plain.sort(0)[0])
+    shifted,inside = unlabeled_loader(files, SIZE, 5, augment=shift_right).one_batch()
+    assert inside[..., 8:].all() and not inside[..., :8].any() and not shifted[..., :8].any()
     with pytest.raises(ValueError, match='no unlabelled images'): unlabeled_loader([], SIZE, 2)
 
 def test_endless_repeats_the_images_in_orders_that_follow_from_the_seed(trained_discs):
     def _first(seed, n=4):
         loader = unlabeled_loader(unlabeled_files(trained_discs), SIZE, 5, augment=no_augment)
         set_seed(seed)
-        return [b for _,b in zip(range(n), endless(loader))]
+        return [x for _,(x,_) in zip(range(n), endless(loader))]
     a,b,c = (_first(seed) for seed in (0, 0, 1))
     assert all(torch.equal(i, j) for i,j in zip(a, b))
     assert not all(torch.equal(i, j) for i,j in zip(a, c))

@@ -107,6 +107,8 @@ def test_online_calls_online_training(run, spy):
     where = dict(path='data', out='out')
     assert named(calls[0])==dict(DEFAULT, method='Mean Teacher', target=LITE, **where)
     assert named(calls[1])==dict(DEFAULT, method='FixMatch', target=('CGNet', None), **where, seed=3)
+    run('online', 'data', 'out', '--start', 'm.pth')
+    assert named(calls[2])['options']==dict(start='m.pth')
 
 def test_predict_calls_write_masks(run, spy):
     calls = spy(A, 'write_masks', ['a mask', 'another'])

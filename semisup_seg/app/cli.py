@@ -154,13 +154,18 @@ def _distill(o):
     _print_result(res)
 
 # %% ../../nbs/65_app.cli.ipynb #e99b7376
-@command(DATA, OUT, arg('--method', default='Mean Teacher', help='name of a registered method (Mean Teacher)'),
+@command(DATA, OUT,
+    arg('--method', default='Mean Teacher', help='Mean Teacher, FixMatch, UniMatch or another registered method (Mean Teacher)'),
+    arg('--start', metavar='FILE', help='begin with the weights of a trained model, the .pth file of an earlier run'),
     arg('--network', **NETWORK), *TRAINING)
 def _online(o):
-    "train on labelled and unlabelled images at once, by a method such as Mean Teacher"
+    "train on labelled and unlabelled images at once, by Mean Teacher, FixMatch or UniMatch"
+    import semisup_seg.all  # registers the methods  # chkstyle: ignore
     from semisup_seg.distillation.methods import online_training
     network = _pair(o.network)
-    res = online_training(o.method, network, o.data, o.out, **_options(o))
+    options = _options(o)
+    if o.start: options['options'] = dict(start=o.start)
+    res = online_training(o.method, network, o.data, o.out, **options)
     _print_result(res)
 
 # %% ../../nbs/65_app.cli.ipynb #63f52ba8

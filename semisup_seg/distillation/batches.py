@@ -76,15 +76,15 @@ def pseudo_loader(
 
 # %% ../../nbs/50_distillation.batches.ipynb #a973b76d
 class ReadUnlabeled(Transform):
-    "From an image file to a tensor at `size`, changed by `augment`"
+    "From an image file to a tensor at `size`, changed by `augment`, and a mask that is False beyond the border"
     def __init__(self, size, augment, cache=None):
         self.augment = augment
         self.read = ReadResized(size, cache=cache)
 
     def encodes(self, o:Path):
         image = np.array(self.read(o))
-        x,_ = _augment_pair(self.augment, image, np.zeros(image.shape[:2], np.uint8))
-        return TensorImage(x)
+        x,filled = _augment_pair(self.augment, image, np.zeros(image.shape[:2], np.uint8))
+        return TensorImage(x), TensorBase(torch.from_numpy(filled!=IGNORE))
 
 def unlabeled_loader(
     files:list, # Image files
@@ -92,7 +92,7 @@ def unlabeled_loader(
     bs:int,     # Images per batch
     augment=standard_augment, # Makes the albumentations transform
     cache=None, # An `ImageCache` through which images are read
-)->TfmdDL:      # Batches of images `(n, 3, h, w)` in 0–1
+)->TfmdDL:      # Batches of images `(n, 3, h, w)` in 0–1 and masks `(n, h, w)`, False beyond the border
     "Unlabelled images, augmented; a `ValueError` if there are none"
     files = [Path(f) for f in files]
     if not files: raise ValueError('files: no unlabelled images')

@@ -8,19 +8,17 @@ Docs: https://semisup-seg.github.io/semisup_seg/distillation.mean_teacher.html.m
 __all__ = ['ramp_up', 'MeanTeacher', 'mean_teacher']
 
 # %% ../../nbs/56_distillation.mean_teacher.ipynb #97af8ec7
-from copy import deepcopy
+from functools import partial
 from math import exp
+from pathlib import Path
 
-from ..core import check_fractions, check_positive
-from ..data.folder import unlabeled_files
-from .batches import MixedBatches, endless, strong_colors, unlabeled_loader
-from .experiment import model_file
-from .methods import Trained, register_method
-from .recipe import EMA
+from ..core import check_fractions
+from .batches import strong_colors
+from .methods import register_method
+from .online import OnlineTeacher, train_online
 
 import torch, torch.nn.functional as F
-from fastcore.basics import basic_repr, patch
-from torch import Tensor
+from fastcore.basics import basic_repr
 
 # %% ../../nbs/56_distillation.mean_teacher.ipynb #d16a6291
 def ramp_up(
@@ -30,7 +28,7 @@ def ramp_up(
     return exp(-5*(1-min(t, 1))**2)
 
 # %% ../../nbs/56_distillation.mean_teacher.ipynb #69ef8f96
-class MeanTeacher(EMA):
+class MeanTeacher(OnlineTeacher):
     "Consistency with the exponential moving average of the weights (Tarvainen and Valpola 2017, equations 1 and 2)"
     __repr__ = basic_repr('decay,weight,ramp')
     def __init__(self,
@@ -40,56 +38,14 @@ class MeanTeacher(EMA):
         ramp:float=0.4,    # Part of the training over which the weight rises, 0–1
         epochs:int=None,   # Of the whole training, with frozen encoder and without; None: those of one `learn.fit`
     ):
-        super().__init__(decay)
-        check_positive(weight=weight)
+        super().__init__(loader, decay, weight, epochs)
         check_fractions(ramp=ramp)
-        self.loader = loader
-        self.weight = weight
         self.ramp = ramp
-        self.epochs = epochs
         self.noise = strong_colors()
 
-    def before_fit(self):
-        super().before_fit()
-        self.teacher = deepcopy(self.model).eval().requires_grad_(False)
-        self.average = self.teacher.state_dict()  # the very tensors of the teacher, which `EMA` updates
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self.teacher.load_state_dict(self.average)
-        self.average = self.teacher.state_dict()
-
-    def before_train(self):
-        super().before_train()
-        self.stream = endless(self.loader)
-
-# %% ../../nbs/56_distillation.mean_teacher.ipynb #7ec9784e
-@patch
-def before_batch(self:MeanTeacher):
-    "Ask the teacher, then add the unlabelled images to the batch"
-    if not self.training: return
-    images = next(self.stream)
-    with torch.no_grad(): self.target = self.teacher(images).float().softmax(1)
-    noisy = torch.stack([self.noise(o) for o in images.as_subclass(Tensor)])
-    self.labelled = len(self.x)
-    self.learn.xb = torch.cat([self.x, noisy]),
-
-@patch
-def after_pred(self:MeanTeacher):
-    "Keep the student's answer on the unlabelled images, and leave the rest to the loss"
-    if not self.training: return
-    self.answer = self.pred[self.labelled:]
-    self.learn.pred = self.pred[:self.labelled]
-
-@patch
-def after_loss(self:MeanTeacher):
-    "Add the consistency cost"
-    if not self.training: return
-    cost = F.mse_loss(self.answer.float().softmax(1), self.target)
-    before = len(self.learn.history) if self.epochs else 0
-    done = (before + self.epoch + self.iter/self.n_iter)/(self.epochs or self.n_epoch)
-    self.learn.loss_grad = self.loss_grad + self.weight*ramp_up(done/self.ramp)*cost
-    self.learn.loss = self.loss_grad.clone()
+    def student_images(self, images): return torch.stack([self.noise(o) for o in images])
+    def unlabelled_loss(self, logits): return F.mse_loss(logits.softmax(1), self.target)
+    def current_weight(self): return self.weight*ramp_up(self.part_done()/self.ramp)
 
 # %% ../../nbs/56_distillation.mean_teacher.ipynb #067c9b16
 @register_method('Mean Teacher', 'consistency with the moving average of its own weights')
@@ -98,11 +54,8 @@ def mean_teacher(x,
     weight:float=0.1, # As in `MeanTeacher`
     ramp:float=0.4,   # As in `MeanTeacher`
     share:float=0.5,  # Of unlabelled images in each batch, 0–1
+    start:Path=None,  # File of a model with whose weights the student begins
 ):
     "Train with Mean Teacher"
-    labelled,unlabelled = MixedBatches(share).split(x.bs)
-    def _callbacks():
-        loader = unlabeled_loader(unlabeled_files(x.path), x.size, unlabelled, x.augment, x.cache)
-        return [MeanTeacher(loader, decay, weight, ramp, x.total_epochs(x.target))]
-    file = model_file(x.out, 'target', x.target)
-    return Trained(x.train(file, x.target, x.seed, labelled, make_callbacks=_callbacks))
+    teacher = partial(MeanTeacher, decay=decay, weight=weight, ramp=ramp)
+    return train_online(x, teacher, share, start)

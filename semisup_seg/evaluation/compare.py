@@ -43,8 +43,10 @@ class Comparison(Displayable):
         return self.runs[name].settings.get('training') or {}
 
     def steps(self, name):
-        "Steps of the student's training; a dash where they are not known"
-        return self.training(name).get('target', {}).get('steps', '–')
+        "Steps of the student's training, with those of the weights it began with; a dash where they are not known"
+        stages = ['start weights', 'target'] if self.runs[name].settings.get('start') else ['target']
+        steps = [self.training(name).get(stage, {}).get('steps') for stage in stages]
+        return '–' if None in steps else sum(steps)
 
     def parts(self): return [*self.tables, *self.notes()]
 
@@ -116,6 +118,9 @@ def notes(self:Comparison):
     if len({s.get('data') for s in made.values()})>1:
         counts = ', '.join(f'{name} on {_count_images(s)}' for name,s in made.items())
         res.append(f'The runs were scored on the same images, but trained on different data: {counts} images.')
+    for name,s in made.items():
+        counted = 'is not counted' if steps[name]=='–' else 'is among its steps'
+        if s.get('start'): res.append(f'{name} began with the weights in {s["start"]}, whose training {counted}.')
     if len(set(steps.values())-{'–'})>1:
         counts = ', '.join(f'{name} {n}' for name,n in steps.items())
         res.append(f'The students took unequal numbers of steps ({counts}): a longer training alone may explain a gain.')

@@ -179,6 +179,7 @@ def _sections(report, cases, histories, ann, codes):
     sections = {f'Cases from the {"test" if report.split=="test" else "validation"} set': cases}
     if histories: sections['Training curves'] = img_tag(curves(histories), 'training curves')
     if ann and report.pseudo['images']: sections['Pseudo-labels'] = draw_annotations(ann, codes, report.pseudo)
+    if settings.get('start'): sections['Start'] = f'<p>The student began with the weights in {html.escape(settings["start"])}.</p>'
     if settings.get('training'): sections['Time and steps'] = time_table(settings['training'])._repr_html_()
     if settings: sections['Settings'] = f'<pre>{html.escape(json.dumps(settings, indent=1, default=str))}</pre>'
     return sections
