@@ -7,7 +7,7 @@ Docs: https://semisup-seg.github.io/semisup_seg/distillation.fixmatch.html.md"""
 # %% auto #0
 __all__ = ['StrongView', 'confident_loss', 'FixMatch', 'fixmatch']
 
-# %% ../../nbs/57_distillation.fixmatch.ipynb #f7097f10
+# %% ../../nbs/57_distillation.fixmatch.ipynb #21740046
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch, torch.nn.functional as F
 from fastcore.basics import basic_repr
 from torch import Tensor
 
-# %% ../../nbs/57_distillation.fixmatch.ipynb #9bc95fc4
+# %% ../../nbs/57_distillation.fixmatch.ipynb #9602498e
 class StrongView:
     "Change the colours of images strongly, and paste boxes between them, with their pseudo-labels"
     def __init__(self):
@@ -35,7 +35,7 @@ class StrongView:
         mixed,mixed_labels = self.mix.transform(changed, labels[:, None])
         return mixed, mixed_labels[:, 0]
 
-# %% ../../nbs/57_distillation.fixmatch.ipynb #0ea36009
+# %% ../../nbs/57_distillation.fixmatch.ipynb #39c85bc7
 def confident_loss(
     logits:Tensor, # `(n, c, h, w)`
     labels:Tensor, # Class indices `(n, h, w)`; `IGNORE` where a pixel has no pseudo-label
@@ -44,7 +44,7 @@ def confident_loss(
     total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction='sum')
     return total/labels.numel()
 
-# %% ../../nbs/57_distillation.fixmatch.ipynb #35a49325
+# %% ../../nbs/57_distillation.fixmatch.ipynb #cc368719
 class FixMatch(OnlineTeacher):
     "Confident pseudo-labels of weak views as labels of strong views (Sohn et al. 2020, equation 4)"
     __repr__ = basic_repr('decay,threshold,weight')
@@ -66,7 +66,7 @@ class FixMatch(OnlineTeacher):
 
     def unlabelled_loss(self, logits): return confident_loss(logits, self.labels)
 
-# %% ../../nbs/57_distillation.fixmatch.ipynb #5df39327
+# %% ../../nbs/57_distillation.fixmatch.ipynb #e6528019
 @register_method('FixMatch', 'confident pseudo-labels, strong colours and CutMix')
 def fixmatch(x,
     decay:float=0.99,     # As in `FixMatch`

@@ -8,7 +8,7 @@ Docs: https://semisup-seg.github.io/semisup_seg/distillation.online.html.md"""
 __all__ = ['LOST', 'UNCONFIDENT', 'FIRST_PART', 'pseudo_labels', 'OnlineTeacher', 'describe_collapse', 'CollapseWatch',
            'check_start', 'StartWeights', 'train_online']
 
-# %% ../../nbs/59_distillation.online.ipynb #87b1c5ea
+# %% ../../nbs/59_distillation.online.ipynb #a8d86a94
 import json
 from copy import deepcopy
 from pathlib import Path
@@ -27,7 +27,7 @@ from fastai.callback.core import Callback
 from fastcore.basics import patch
 from torch import Tensor
 
-# %% ../../nbs/59_distillation.online.ipynb #2cba07c1
+# %% ../../nbs/59_distillation.online.ipynb #d9722af4
 def pseudo_labels(
     probs:Tensor,       # Class probabilities, `(n, c, h, w)`
     inside:Tensor,      # False for pixels beyond the border, `(n, h, w)`
@@ -38,7 +38,7 @@ def pseudo_labels(
     counts = (confidence>=threshold) & inside.as_subclass(Tensor)
     return labels.masked_fill(~counts, IGNORE)
 
-# %% ../../nbs/59_distillation.online.ipynb #84c7d371
+# %% ../../nbs/59_distillation.online.ipynb #1015e490
 class OnlineTeacher(EMA):
     "Base of online methods: the moving average of the student's weights labels unlabelled images at each step"
     threshold = 0.  # least probability of a pseudo-label
@@ -71,7 +71,7 @@ class OnlineTeacher(EMA):
     def epochs_done(self): return self.epoch + (len(self.learn.history) if self.epochs else 0)
     def part_done(self): return (self.epochs_done() + self.iter/self.n_iter)/(self.epochs or self.n_epoch)
 
-# %% ../../nbs/59_distillation.online.ipynb #4d070a04
+# %% ../../nbs/59_distillation.online.ipynb #e52e5313
 @patch
 def student_images(self:OnlineTeacher, images:Tensor)->Tensor:
     "What the student sees, `(m, 3, h, w)` in 0–1, of the images `(n, 3, h, w)` that the teacher sees"
@@ -87,7 +87,7 @@ def current_weight(self:OnlineTeacher)->float:
     "The weight of that loss at this step"
     return self.weight
 
-# %% ../../nbs/59_distillation.online.ipynb #961c08af
+# %% ../../nbs/59_distillation.online.ipynb #44e607e0
 @patch
 def before_batch(self:OnlineTeacher):
     "Let the teacher predict, then add the unlabelled images to the batch"
@@ -115,7 +115,7 @@ def after_loss(self:OnlineTeacher):
     self.learn.loss_grad = self.loss_grad + self.current_weight()*cost
     self.learn.loss = self.loss_grad.clone()
 
-# %% ../../nbs/59_distillation.online.ipynb #2faa64dd
+# %% ../../nbs/59_distillation.online.ipynb #d5fe91f7
 LOST = 0.1         # part of its labelled share below which a class is getting lost
 UNCONFIDENT = 1e-3 # share of pixels with a pseudo-label below which there are all but none
 
@@ -135,7 +135,7 @@ def describe_collapse(
         if share<LOST*truth: lost.append(f'{name} has {share:.2%} of the pseudo-labelled pixels, {truth:.2%} of the labelled ones')
     return f'pseudo-labels may have collapsed: {"; ".join(lost)}' if lost else ''
 
-# %% ../../nbs/59_distillation.online.ipynb #d95e8de1
+# %% ../../nbs/59_distillation.online.ipynb #ef070ddf
 FIRST_PART = 0.5  # of the training, which is not judged
 
 def _count_classes(labels, n):
@@ -159,7 +159,7 @@ class CollapseWatch(Callback):
     def state_dict(self): return dict(warned=self.warned)
     def load_state_dict(self, state): self.warned = state['warned']
 
-# %% ../../nbs/59_distillation.online.ipynb #0ce5b079
+# %% ../../nbs/59_distillation.online.ipynb #4892fb8e
 @patch
 def before_train(self:CollapseWatch):
     "Start counting anew"
@@ -186,7 +186,7 @@ def after_epoch(self:CollapseWatch):
     self.warn(f'epoch {done}: {fault}')
     self.warned = True
 
-# %% ../../nbs/59_distillation.online.ipynb #8e64cfec
+# %% ../../nbs/59_distillation.online.ipynb #12d27687
 def check_start(
     start:str|Path, # The `.pth` of a model, its `.json` beside it
     target:tuple,   # `(architecture, backbone)` of the student
@@ -201,7 +201,7 @@ def check_start(
     if known!=wanted: raise ValueError(f'start: {start} has the classes {known}; the data set has {wanted}')
     return Path(start)
 
-# %% ../../nbs/59_distillation.online.ipynb #df61a554
+# %% ../../nbs/59_distillation.online.ipynb #67f88ead
 class StartWeights(Callback):
     "Begin a training with the weights of a model"
     order = -50
@@ -214,7 +214,7 @@ class StartWeights(Callback):
         self.model.load_state_dict(load_model(self.file).state_dict())
         self.file = None
 
-# %% ../../nbs/59_distillation.online.ipynb #8a63ad3d
+# %% ../../nbs/59_distillation.online.ipynb #4afc2231
 def _start_cost(start):
     "Steps that the network in `start` has taken, and seconds of its run, where they are known"
     file = start.parent/'run.json'
@@ -233,7 +233,7 @@ def _record_start(x, start):
     elif known['digest']!=digest:
         raise ValueError(f'start: {start} has changed since the run began; choose a new folder, or resume=False to start afresh')
 
-# %% ../../nbs/59_distillation.online.ipynb #f2fdcfb9
+# %% ../../nbs/59_distillation.online.ipynb #6f0a8d0b
 def train_online(
     x,                # An `Experiment`
     make_teacher,     # `(loader, epochs=…)` to an `OnlineTeacher`

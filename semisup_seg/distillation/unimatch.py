@@ -7,7 +7,7 @@ Docs: https://semisup-seg.github.io/semisup_seg/distillation.unimatch.html.md"""
 # %% auto #0
 __all__ = ['ComplementaryDropout', 'change_maps', 'encoder_maps', 'check_encoder', 'drop_once', 'UniMatch', 'unimatch']
 
-# %% ../../nbs/58_distillation.unimatch.ipynb #edcb93a1
+# %% ../../nbs/58_distillation.unimatch.ipynb #ad979b5b
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ..models.core import build_model
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/58_distillation.unimatch.ipynb #a226ccb4
+# %% ../../nbs/58_distillation.unimatch.ipynb #c48c770c
 class ComplementaryDropout:
     "Scale the channels of two views of `n` images by 0, 1 or 2, which add up to 2 (Yang et al. 2024)"
     def __init__(self,
@@ -46,7 +46,7 @@ class ComplementaryDropout:
         others = scale.new_ones(len(features)-len(scale), scale.shape[1])
         return features*torch.cat([others, scale])[..., None, None]
 
-# %% ../../nbs/58_distillation.unimatch.ipynb #e9b8a8fb
+# %% ../../nbs/58_distillation.unimatch.ipynb #80ddfaf8
 def change_maps(
     features,     # What an encoder gives: a map `(n, c, h, w)`, or lists and tuples of maps
     image:Tensor, # What it was given, `(n, 3, h, w)`
@@ -57,7 +57,7 @@ def change_maps(
     is_map = isinstance(features, Tensor) and features.ndim==4 and features.shape[1]>0
     return change(features) if is_map and features.shape!=image.shape else features
 
-# %% ../../nbs/58_distillation.unimatch.ipynb #64083dfa
+# %% ../../nbs/58_distillation.unimatch.ipynb #896b453f
 def encoder_maps(
     model:nn.Module, # A network, in training or in evaluation mode
 )->list:             # Shapes `(c, h, w)`
@@ -74,7 +74,7 @@ def encoder_maps(
     model.train(was_training)
     return shapes
 
-# %% ../../nbs/58_distillation.unimatch.ipynb #e69a87b7
+# %% ../../nbs/58_distillation.unimatch.ipynb #0680aa04
 def check_encoder(
     model:nn.Module, # A network
 ):
@@ -83,7 +83,7 @@ def check_encoder(
     name = getattr(model, 'config', {}).get('name', type(model).__name__)
     raise ValueError(f'UniMatch drops channels of the maps that an encoder gives, and {name} has none; use FixMatch')
 
-# %% ../../nbs/58_distillation.unimatch.ipynb #0776d37c
+# %% ../../nbs/58_distillation.unimatch.ipynb #e82fcc16
 def drop_once(
     encoder:nn.Module, # Of the student
     drop:ComplementaryDropout,
@@ -110,7 +110,7 @@ class UniMatch(FixMatch):
         views = zip(logits.chunk(2), self.labels.chunk(2))
         return torch.stack([confident_loss(o, labels) for o,labels in views]).mean()
 
-# %% ../../nbs/58_distillation.unimatch.ipynb #5dc5d65d
+# %% ../../nbs/58_distillation.unimatch.ipynb #47e6b4e1
 @register_method('UniMatch', 'FixMatch with two views and complementary dropout')
 def unimatch(x,
     decay:float=0.99,     # As in `FixMatch`
