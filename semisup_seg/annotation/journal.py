@@ -26,6 +26,12 @@ class ImageJob:
     image:Path      # The image file
     label:Path=None # Its label file, where the truth is known
     write:bool=True # Write a mask; False for a validation image, which is only scored
+    masks:tuple=()  # Mask files of the image in folders that vote
+
+    @property
+    def stamp(self):
+        "Size and modification time of its files, which a mask depends on"
+        return file_stamp(self.image, self.label, *self.masks)
 
     @property
     def key(self):
@@ -132,7 +138,7 @@ def is_current(self:AnnotationJournal,
 )->bool:
     "Whether `record` belongs to a job, and neither its files nor its mask have changed"
     job = self.jobs.get(_job_key(record))
-    if job is None or record.stamp!=file_stamp(job.image, job.label): return False
+    if job is None or record.stamp!=job.stamp: return False
     label = str(job.label) if job.label else None
     if record.label!=label and not record.error: return False
     if record.error or not job.write: return not record.mask
