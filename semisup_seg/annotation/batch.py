@@ -81,7 +81,7 @@ def add_votes(
             scores[i][k][view.name if view else 'image'] = score_mask(mask, p.truth, setup.codes.names)
     return scores
 
-# %% ../../nbs/35_annotation.batch.ipynb #1b57a4c2
+# %% ../../nbs/35_annotation.batch.ipynb #cb5b23ec
 def add_mask_votes(
     votes:VoteAccumulator, # Filled
     owners:list,           # The `Prediction` that each array belongs to
@@ -111,7 +111,7 @@ def conclude_votes(
         p.counts.append(counts[:, :, i])
     for p,e in zip(owners, entropy(probs).tolist()): p.entropies.append(e)
 
-# %% ../../nbs/35_annotation.batch.ipynb #0e1efa78
+# %% ../../nbs/35_annotation.batch.ipynb #931896fe
 def _add_all(votes, owners, arrays, mask_probs, teachers, setup, predictor):
     "Let networks, then folders vote, and keep the scores of each"
     folders = [k for k,(t,_) in enumerate(teachers) if isinstance(t, MaskFolder)]
@@ -217,14 +217,14 @@ def annotate_prediction(
     record.used = p.job.write
     return AnnotatedImage(p.job, record, mask, confidence, _soft_bytes(p, predictor) if soft else None)
 
-# %% ../../nbs/35_annotation.batch.ipynb #9aa0fc9e
+# %% ../../nbs/35_annotation.batch.ipynb #0745f4e8
 def prepare_jobs(
     jobs:list,       # `ImageJob`s
     setup:VoteSetup, # The folders
 )->list:
     "The jobs with their masks in the folders that vote; a `DatasetError` if a folder cannot vote on all of them"
     for folder in setup.folders: folder.check([j.image for j in jobs])
-    return [replace(j, masks=setup.masks(j.image)) for j in jobs]
+    return [replace(j, masks=tuple(f.file(j.image) for f in setup.folders)) for j in jobs]
 
 # %% ../../nbs/35_annotation.batch.ipynb #8000330b
 def annotate_batch(

@@ -22,11 +22,11 @@ from ..training.inference import NetworkInput, unwrap_model
 from ..training.sliding_window import cut_windows
 
 import cv2, numpy as np, torch
-from PIL import Image, ImageOps
+from PIL import Image
 from fastcore.basics import patch
 from fastcore.parallel import parallel
 
-# %% ../../nbs/34_annotation.vote_setup.ipynb #ddb526a0
+# %% ../../nbs/34_annotation.vote_setup.ipynb #4e2580f9
 def _mask_files(path):
     "`{stem: file}` of the images in the folder `path`"
     if not path.is_dir(): raise ValueError(f'teachers: {path}: no such folder of masks')
@@ -35,11 +35,12 @@ def _mask_files(path):
     if not files: raise ValueError(f'teachers: {path}: the folder holds no masks')
     stems = {}
     for f in files: stems.setdefault(f.stem, []).append(f.name)
-    faults = [f'{path}: two masks have the stem {stem!r} ({", ".join(names)})' for stem,names in stems.items() if len(names)>1]
+    twice = [(stem, ', '.join(names)) for stem,names in stems.items() if len(names)>1]
+    faults = [f'{path}: two masks have the stem {stem!r} ({names})' for stem,names in twice]
     if faults: raise DatasetError(faults)
     return {f.stem: f for f in files}
 
-# %% ../../nbs/34_annotation.vote_setup.ipynb #45569cd5
+# %% ../../nbs/34_annotation.vote_setup.ipynb #574ebec7
 @dataclass(eq=False)
 class MaskFolder:
     "A folder of masks that votes beside networks: for each image the mask of the same stem"
@@ -51,10 +52,8 @@ class MaskFolder:
         self.path = Path(self.path)
         self.files = _mask_files(self.path)
 
-    def file(self,
-        image:str|Path, # An image file
-    )->Path:
-        "The mask of `image`"
+    def file(self, image):
+        "The mask of an image file"
         return self.files[Path(image).stem]
 
     @property
@@ -64,7 +63,7 @@ class MaskFolder:
         facts = repr((self.path.resolve().as_posix(), self.codes, trust))
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
-# %% ../../nbs/34_annotation.vote_setup.ipynb #4c8458a3
+# %% ../../nbs/34_annotation.vote_setup.ipynb #12047cf6
 def read_sized_mask(
     file:str|Path, # A mask or label
     codes:Codes,   # The classes
@@ -76,7 +75,7 @@ def read_sized_mask(
     (h,w),(ih,iw) = mask.shape, size
     raise DatasetError(f'{file}: has {w}×{h} pixels, its image {iw}×{ih}')
 
-# %% ../../nbs/34_annotation.vote_setup.ipynb #beb6356b
+# %% ../../nbs/34_annotation.vote_setup.ipynb #e316d7a0
 def _mask_fault(image, folder):
     "Why the mask of `image` cannot be used; None if it can"
     try: size = load_image(image).shape[:2]
@@ -86,7 +85,7 @@ def _mask_fault(image, folder):
 
 def _first(names): return ', '.join(names[:3]) + ('…' if len(names)>3 else '')
 
-# %% ../../nbs/34_annotation.vote_setup.ipynb #e252906c
+# %% ../../nbs/34_annotation.vote_setup.ipynb #1a357330
 @patch
 def check(self:MaskFolder,
     images:list, # Image files
@@ -94,10 +93,8 @@ def check(self:MaskFolder,
     "Raise a `DatasetError` if the folder cannot vote on all of `images`"
     images = list(dict.fromkeys(Path(i) for i in images))
     missing = [i.name for i in images if i.stem not in self.files]
-    if missing:
-        held = _first([f.name for f in self.files.values()])
-        raise DatasetError(f'{self.path}: no mask for {len(missing)} of {len(images)} images: {_first(missing)}; '
-            f'a mask has the stem of its image, the folder holds {held}')
+    if missing: raise DatasetError(f'{self.path}: no mask for {len(missing)} of {len(images)} images: {_first(missing)}; '
+        f'a mask has the stem of its image, the folder holds {_first([*self.files])}')
     owners = {}
     for i in images: owners.setdefault(i.stem, {})[i.resolve()] = str(i)
     faults = [f'{self.path}: one mask for {" and ".join(o.values())}' for o in owners.values() if len(o)>1]
@@ -106,14 +103,13 @@ def check(self:MaskFolder,
     rest = [f'{self.path}: {len(faults)-10} masks more'] if len(faults)>10 else []
     if faults: raise DatasetError([*faults[:10], *rest])
 
-# %% ../../nbs/34_annotation.vote_setup.ipynb #7ccc94b5
+# %% ../../nbs/34_annotation.vote_setup.ipynb #74b770ae
 @patch
 def calibrate(self:MaskFolder,
     pairs:list,       # `(image, label)` files
     codes:Codes=None, # The classes of the labels; None: those of the masks
 )->MaskFolder:        # A new one
     "The folder with its counts on labelled images, which tell how far each of its classes can be trusted"
-    pairs = list(pairs)
     if self.codes is None: raise ValueError(f'{self.path}: codes are not known; give MaskFolder(path, codes)')
     if not pairs: raise ValueError('pairs: no labelled images to calibrate on')
     self.check([i for i,_ in pairs])
@@ -124,7 +120,7 @@ def calibrate(self:MaskFolder,
         counts += label_counts(mask, truth, len(self.codes))
     return replace(self, counts=counts)
 
-# %% ../../nbs/34_annotation.vote_setup.ipynb #7ba6542d
+# %% ../../nbs/34_annotation.vote_setup.ipynb #87166291
 @patch
 def probs(self:MaskFolder,
     mask:np.ndarray,    # Class indices of a mask in the folder, `(h, w)`
@@ -161,12 +157,6 @@ class VoteSetup:
         "The folders of masks among the teachers"
         return [t for t in self.teachers if isinstance(t, MaskFolder)]
 
-    def masks(self,
-        image:str|Path, # An image file
-    )->tuple:
-        "The mask files of `image` in these folders"
-        return tuple(f.file(image) for f in self.folders)
-
     @property
     def images_per_batch(self):
         "Images that are read and voted on together: `bs`, or one where images are cut into windows"
@@ -185,7 +175,7 @@ def load_teacher(
     if isinstance(teacher, MaskFolder): return teacher
     return unwrap_model(teacher).eval()
 
-# %% ../../nbs/34_annotation.vote_setup.ipynb #66e8cb1e
+# %% ../../nbs/34_annotation.vote_setup.ipynb #1b180d70
 def _as_voter(teacher):
     "A folder among the teachers as a `MaskFolder`; anything else as it is"
     if not isinstance(teacher, (str, Path)): return teacher
@@ -193,13 +183,16 @@ def _as_voter(teacher):
     is_model = path.is_file() or path.suffix=='.pth' and not path.is_dir()
     return teacher if is_model else MaskFolder(path)
 
+# %% ../../nbs/34_annotation.vote_setup.ipynb #a4215011
 def shared_codes(
     voters:list, # Networks, `Learner`s, files of models, and `MaskFolder`s
-)->Codes:        # None if they are not known
+)->Codes:        # None for a network that was never trained
     "The classes of the first network, or of the first folder where no network votes"
     networks = [v for v in voters if not isinstance(v, MaskFolder)]
     if networks: return load_teacher(networks[0]).codes
-    return next((v.codes for v in voters if v.codes), None)
+    known = [v.codes for v in voters if v.codes]
+    if known: return known[0]
+    raise ValueError(f'teachers: {voters[0].path}: no network votes that knows the classes; give MaskFolder(path, codes)')
 
 def resolve_voters(
     teachers, # As in `prepare_vote`
@@ -207,12 +200,9 @@ def resolve_voters(
     "The teachers as a list, with each folder of masks as a `MaskFolder`"
     teachers = teachers if isinstance(teachers, (list, tuple)) else [teachers]
     voters = [_as_voter(t) for t in teachers]
-    without = [v for v in voters if isinstance(v, MaskFolder) and v.codes is None]
-    if not without: return voters
-    codes = shared_codes(voters)
-    if all(isinstance(v, MaskFolder) for v in voters) and codes is None:
-        raise ValueError(f'teachers: {without[0].path}: no network votes that knows the classes; give MaskFolder(path, codes)')
-    return [replace(v, codes=codes) if any(v is o for o in without) else v for v in voters]
+    for k,v in enumerate(voters):
+        if isinstance(v, MaskFolder) and v.codes is None: voters[k] = replace(v, codes=shared_codes(voters))
+    return voters
 
 # %% ../../nbs/34_annotation.vote_setup.ipynb #3949121b
 def _digest(model):
@@ -223,21 +213,18 @@ def _digest(model):
 
 def _describe(teacher):
     if isinstance(teacher, MaskFolder):
-        return dict(name=str(teacher.path), codes=teacher.codes, size=None, min_size=0, digest=teacher.digest, is_folder=True)
+        facts = dict(name=str(teacher.path), codes=teacher.codes, size=None, min_size=0)
+        return dict(facts, digest=teacher.digest, is_folder=True)
     model = load_teacher(teacher)
     facts = dict(name=model.config['name'], codes=model.codes, size=model.size, min_size=model.min_size)
     return dict(facts, digest=_digest(model), is_folder=False)
 
 # %% ../../nbs/34_annotation.vote_setup.ipynb #af73a1f8
-def _leader(facts):
-    "The facts of the first network, which gives the classes and the size; those of a folder where there is none"
-    return next((f for f in facts if not f['is_folder']), facts[0])
-
 def _check_classes(facts):
-    first = _leader(facts)
-    for f in [first, *facts]:
-        if f['codes'] is None: raise ValueError(f'{f["name"]} has no classes yet: train it with seg_learner first')
+    first = facts[0]
     for f in facts:
+        if f['codes'] is None: raise ValueError(f'{f["name"]} has no classes yet: train it with seg_learner first')
+    for f in facts[1:]:
         same = f['codes']==first['codes']
         if f['is_folder']: same = f['codes'].names==first['codes'].names  # its masks may have values of their own
         if same: continue
@@ -260,7 +247,7 @@ def _check_weights(weights, n):
 
 # %% ../../nbs/34_annotation.vote_setup.ipynb #a78d992c
 def prepare_vote(
-    teachers,         # A network, a `Learner`, the file of a model, a folder of masks or a `MaskFolder`; or a list of them
+    teachers,         # A network, a `Learner`, the file of a model or a folder of masks; or a list of them
     views=(),         # Names from `views`, besides the image itself
     size:tuple=None,  # `(height, width)` at which networks see an image, pixels; None: as the first network's training
     bs:int=8,         # Images per batch
@@ -274,9 +261,9 @@ def prepare_vote(
     if not teachers: raise ValueError('teachers: none given')
     VoteAccumulator(vote)
     facts = [_describe(t) for t in teachers]
-    _check_classes(facts)
-    leader = _leader(facts)
-    if not size and not leader['size']: raise ValueError('size: none given, and no network votes whose size could be taken')
+    leader,*others = sorted(facts, key=lambda f: f['is_folder'])  # the first network, if there is one
+    _check_classes([leader, *others])
+    if not size and not leader['size']: raise ValueError('size: none given, and no network votes that has one')
     size = check_size(size or leader['size'])
     _check_sizes(facts, size, views)
     weights = _check_weights(weights, len(teachers))

@@ -126,7 +126,7 @@ def vote(
     mean,counts = votes.result()
     return mean, agreement(counts)
 
-# %% ../../nbs/31_annotation.voting.ipynb #968cb6c8
+# %% ../../nbs/31_annotation.voting.ipynb #b632733d
 def label_counts(
     mask:np.ndarray,  # Class indices of a voter, `(h, w)`
     truth:np.ndarray, # True class indices, `(h, w)`
@@ -136,7 +136,7 @@ def label_counts(
     cells = mask.astype(int)*c + truth
     return np.bincount(cells.ravel(), minlength=c*c).reshape(c, c)
 
-# %% ../../nbs/31_annotation.voting.ipynb #812a3421
+# %% ../../nbs/31_annotation.voting.ipynb #edf04d44
 def class_likelihoods(
     counts:np.ndarray, # From `label_counts`, of one or the sum of many images
 )->np.ndarray:         # `(c, c)`: by class of the voter; each row sums to 1 over the true classes
@@ -144,7 +144,7 @@ def class_likelihoods(
     rates = (counts+1)/(counts+1).sum(0)
     return rates/rates.sum(1, keepdims=True)
 
-# %% ../../nbs/31_annotation.voting.ipynb #7e242019
+# %% ../../nbs/31_annotation.voting.ipynb #88dc187c
 def cohen_kappa(
     counts:np.ndarray, # From `label_counts`, of one or the sum of many images
 )->float:              # At most 1; 0 for chance, below 0 for less
