@@ -6,7 +6,7 @@ from semisup_seg.data.folder import DatasetSummary, check_dataset, image_files, 
 from semisup_seg.data.loaders import Augment, ClassMask, ImageCache, resize_image, seg_dls, standard_augment
 from semisup_seg.data.sources import SOURCES, brain_slices, busi, covid_ct, kvasir_seg
 from semisup_seg.models.core import SegNet, build_model, networks, register
-from semisup_seg.models.cost import cost, more_networks, n_params, network_table, speeds, stages
+from semisup_seg.models.cost import cost, more_networks, n_params, network_table, speeds, stages, strong_teachers
 from semisup_seg.training.losses import CEDiceLoss, MaskedLoss
 from semisup_seg.training.learner import KeepBest, find_lr, fit, seg_learner
 from semisup_seg.training.metrics import SegMetric, dice, foreground_mean, jaccard, confusion_counts, metrics, overlap_metrics, register_metric, score_mask
@@ -15,8 +15,8 @@ from semisup_seg.annotation.records import AnnotationRecord, Annotations, merge_
 from semisup_seg.annotation.voting import agreement, entropy, vote, vote_rules
 from semisup_seg.annotation.views import View, get_views, register_view, views
 from semisup_seg.annotation.batch import annotate_batch
-from semisup_seg.annotation.vote_setup import prepare_vote
-from semisup_seg.annotation.annotate import annotate, validation_dice, write_masks
+from semisup_seg.annotation.vote_setup import MaskFolder, prepare_vote
+from semisup_seg.annotation.annotate import annotate, calibrate_voters, validation_dice, write_masks
 from semisup_seg.distillation.batches import ConfidenceThreshold, CutMix, HardLabels, MixedBatches, PseudoCallback, StrongAugment
 from semisup_seg.distillation.recipe import EMA, Recipe, TopReliable, get_recipe, recipes
 from semisup_seg.distillation.run import describe_event, read_events

@@ -8,7 +8,8 @@ from conftest import Bright, Greedy, counted, disc, is_disc, make_model, photo, 
 from PIL import Image
 
 import semisup_seg.annotation.annotate as N, semisup_seg.annotation.batch as B, semisup_seg.training.inference as I
-from semisup_seg.annotation.annotate import annotate, list_images, map_in_thread, validation_dice, write_masks
+from semisup_seg.annotation.annotate import annotate, map_in_thread, validation_dice, write_masks
+from semisup_seg.annotation.journal import list_images
 from semisup_seg.annotation.records import COLUMNS, read_annotations
 from semisup_seg.annotation.views import get_views, views
 from semisup_seg.core import DatasetError

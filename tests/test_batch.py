@@ -16,8 +16,9 @@ from semisup_seg.annotation.voting import vote
 from semisup_seg.core import DatasetError
 from semisup_seg.data.folder import split_files, unlabeled_files
 from semisup_seg.data.images import load_image, load_mask
-from semisup_seg.data.loaders import resize_image
-from semisup_seg.training.inference import Predictor, predict, save_model
+from semisup_seg.data.loaders import resize_image, seg_dls
+from semisup_seg.training.inference import Predictor, load_model, predict, save_model
+from semisup_seg.training.learner import seg_learner
 from semisup_seg.training.metrics import score_mask
 
 @pytest.fixture
@@ -173,3 +174,15 @@ def test_teachers_vote_one_after_another_on_their_own_device(files, tmp_path):
     teachers = [Bright(w).to(default_device()) for w in (5., 1.)]
     together,in_turn = (annotate(teachers, files, tmp_path/str(t), ['H Flip'], together=t) for t in (True, False))
     for a,b in zip(together.pairs.values(), in_turn.pairs.values(), strict=True): assert (load_mask(a)==load_mask(b)).all()
+
+def test_strong_teachers_train_and_vote_for_a_small_student(trained_discs, tmp_path):
+    dls,files = seg_dls(trained_discs, size=(64, 64), bs=2), []
+    for name,backbone in (('DPT', 'vit_tiny_patch16_dinov3_qkvb'), ('UPerNet', 'convnext_atto'), ('Linknet', 'test_resnet')):
+        learn = seg_learner(dls, name, backbone, pretrained=False)
+        x,y = dls.one_batch()
+        learn.loss_func(learn.model.train()(x), y).backward()
+        assert all(p.grad.isfinite().all() for p in learn.model.parameters())
+        files.append(save_model(learn, tmp_path/f'base_{name}_{backbone}.pth'))
+        assert load_model(files[-1]).config==learn.model.config
+    ann = annotate(files, unlabeled_files(trained_discs)[:2], tmp_path/'out', ['H Flip'], together=False)
+    assert len(ann.pairs)==2 and all(0<r.agreement<=1 for r in ann.rows)

@@ -1,5 +1,5 @@
 "Networks by name, and weights that are what they claim to be"
-import json, subprocess
+import json, re, subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,15 +8,16 @@ from conftest import ROOT, Touch, python
 from safetensors.torch import save_file
 
 from semisup_seg.display import Table
-from semisup_seg.models.weights import LITE, file_weights, load_encoder
+from semisup_seg.models.weights import LITE, _published, file_weights, load_encoder
 from semisup_seg.models.core import build_model, check_request
 from semisup_seg.models.cost import cost, more_networks, n_params
-from semisup_seg.models.cost import network_table, speeds, stages
+from semisup_seg.models.cost import STRONG, network_table, speeds, stages, strong_teachers
 from semisup_seg.models.core import networks
 from semisup_seg.models.weights import packaged_weights
 
 LITE0 = 'tf_efficientnet_lite0'
 DINO = 'vit_small_patch14_dinov2'
+DINOV3,DINOV3_VIT = 'convnext_tiny.dinov3_lvd1689m', 'vit_tiny_patch16_dinov3_qkvb'
 SMALL = dict(HRNet='hrnet_w18_small', DPT='test_vit', Segformer='mit_b0')
 KINDS = 'U-Net', 'DeepLabV3+', 'DenseASPP'  # one network for each way of building an encoder: as it is, dilated by smp, by us
 
@@ -157,6 +158,16 @@ def test_front_page_shows_the_table(table):
     for *cells,paper in table[1:]: assert f'| {" | ".join(cells)} | [paper]({paper}) |' in readme
     assert ', '.join(more_networks()) in readme
 
+def test_table_of_strong_teachers(monkeypatch):
+    "Its costs are counted in the notebook"
+    def cost(name, backbone, size): return 10**6*size, 10**9*(1 if backbone=='resnet10t' else 4)
+    monkeypatch.setattr('semisup_seg.models.cost.cost', cost)
+    head,student,*rows = strong_teachers(('Linknet', 'resnet10t'), 128).rows
+    assert student[:6]==['Linknet', 'resnet10t', 'a student, for comparison', '128.0 M', '1.0 G', '1.0×'] and [(*r[:2],) for r in rows]==[*STRONG]
+    for r in rows:
+        assert r[3:6]==['128.0 M', '4.0 G', '4.0×'] and check_request(*r[:2])[1]==r[1] and r[7].startswith(f'timm/{r[1]}')
+        assert r[6]==('apache-2.0' if 'dinov2' in r[1] else 'dinov3-license')
+
 def test_table_is_aligned_and_drawn():
     t = Table([('a', 'bb'), (10, 'x'), (200, '')])
     assert str(t)==repr(t)=='a    bb\n10   x\n200' and t._repr_markdown_()=='| a | bb |\n| --- | --- |\n| 10 | x |\n| 200 |  |'
@@ -181,7 +192,20 @@ def test_wrong_requests(args, message):
 def test_an_encoder_that_does_not_suit_the_network(name, backbone):
     with pytest.raises(ValueError, match=backbone): build_model(name, backbone)
 
-def test_hub_tag_of_a_backbone_is_dropped(): assert on_meta('U-Net', 'resnet10t.c3_in1k').config['backbone']=='resnet10t'
+def test_the_tag_of_an_encoder_says_which_weights():
+    "`convnext_tiny` alone has ImageNet's; a tag of timm's first choice is dropped"
+    for typed,kept in (('resnet10t.c3_in1k', 'resnet10t'), (f'{LITE0}.in1k', LITE0), (DINOV3, DINOV3), ('ConvNeXt-tiny.DINOv3-lvd1689m', DINOV3)):
+        assert check_request('U-Net', typed)[1]==kept, typed
+    assert _published(DINOV3)[0]=='timm/convnext_tiny.dinov3_lvd1689m'!=_published('convnext_tiny')[0]
+    m = on_meta('U-Net', DINOV3)
+    assert on_meta(**m.config).config==m.config
+    for wrong in ('convnext_tiny.dinov3', 'mit_b0.in1k'):
+        with pytest.raises(ValueError, match='Unknown weights of'): check_request('U-Net', wrong)
+
+@pytest.mark.parametrize('name', ['U-Net', 'UPerNet', 'Linknet', 'DeepLabV3+'])
+def test_a_plain_transformer_is_for_dpt(name):
+    for backbone in (DINO, 'vit_small_patch16_dinov3', 'deit3_small_patch16_224'):
+        with pytest.raises(ValueError, match=f"{backbone}.*all maps of this vision transformer have one size; 'DPT' takes it"): on_meta(name, backbone)
 
 # --- weights
 
@@ -204,7 +228,7 @@ def test_weights_from_a_file(tmp_path, resnet, name, kind):
     else: torch.save(dict(state_dict=resnet, epoch=3) if kind=='state_dict' else resnet, f)
     assert holds(build_model(name, 'resnet10t', pretrained=f if kind=='Path' else str(f)), resnet)
 
-@pytest.mark.parametrize('name,backbone', [('HRNet', 'hrnet_w18_small'), ('DPT', 'test_vit'), ('DPT', DINO)])
+@pytest.mark.parametrize('name,backbone', [('HRNet', 'hrnet_w18_small'), ('DPT', 'test_vit'), ('DPT', DINO), ('DPT', DINOV3_VIT)])
 def test_weights_of_encoders_that_are_cut_down(name, backbone, dino):
     weights = dict(dino) if backbone==DINO else encoder_weights(backbone)
     m = build_model(name, backbone)
@@ -213,6 +237,34 @@ def test_weights_of_encoders_that_are_cut_down(name, backbone, dino):
     assert holds(m, weights)
     del weights[next(k for k in weights if k.endswith(('blocks.0.mlp.fc1.weight', 'stage2.0.branches.0.0.conv1.weight')))]
     with pytest.raises(ValueError, match='1 of .* are missing'): load_encoder(m.encoder, weights)
+
+def as_published(weights):
+    "timm's weights of DINOv3 under the names of its publisher"
+    names = {'stem.': 'downsample_layers.0.', 'conv_dw': 'dwconv', 'mlp.fc1': 'pwconv1', 'mlp.fc2': 'pwconv2', 'head.norm': 'norm'}
+    if 'reg_token' in weights: names = dict(reg_token='storage_tokens', gamma_1='ls1.gamma', gamma_2='ls2.gamma')
+    res = {}
+    for k,v in weights.items():
+        for ours,theirs in names.items(): k = k.replace(ours, theirs)
+        k = re.sub(r'stages.(\d).downsample.', r'downsample_layers.\1.', k)
+        if k.endswith('q_bias'): res[k.replace('q_bias', 'qkv.bias')] = torch.cat([v, v*0, weights[k.replace('q_bias', 'v_bias')]])
+        elif not k.endswith('v_bias'): res[k.replace('blocks.', '') if 'stages' in k else k] = v
+    return res
+
+@pytest.mark.parametrize('name,backbone', [('U-Net', DINOV3), ('DPT', DINOV3_VIT)])
+def test_a_file_of_the_publisher_of_dinov3(tmp_path, name, backbone, capsys):
+    weights = encoder_weights(backbone)
+    published = as_published(weights)
+    assert {'downsample_layers.0.0.weight', 'storage_tokens'} & {*published} and 'stages.0.0.gamma' in published or name=='DPT'
+    torch.save(published, tmp_path/'dinov3.pth')
+    assert holds(build_model(name, backbone, pretrained=str(tmp_path/'dinov3.pth')), weights) and not capsys.readouterr().out
+    with pytest.raises(ValueError, match='do not fit the encoder'): build_model('U-Net', 'resnet10t', pretrained=str(tmp_path/'dinov3.pth'))
+
+def test_each_network_of_a_run_may_have_a_file_of_its_own(tmp_path, resnet):
+    torch.save(resnet, tmp_path/'w.pth')
+    files = {'ResNet10t.c3_in1k': str(tmp_path/'w.pth')}
+    assert holds(build_model('U-Net', 'resnet10t', pretrained=files), resnet)
+    assert holds(build_model('U-Net', LITE0, pretrained=files), packaged_weights(LITE0))
+    with pytest.raises(ValueError, match="Unknown backbone 'resnet10u'"): build_model('U-Net', LITE0, pretrained={'resnet10u': 'w.pth'})
 
 def test_a_transformer_for_one_channel(tmp_path, dino):
     torch.save(dino, tmp_path/'w.pth')

@@ -6,7 +6,7 @@ Docs: https://semisup-seg.github.io/semisup_seg/annotation.voting.html.md"""
 
 # %% auto #0
 __all__ = ['vote_rules', 'VoteRule', 'keep', 'one_hot_winner', 'log_probs', 'normalized_exp', 'voter_confusion', 'agreement',
-           'entropy', 'VoteAccumulator', 'vote']
+           'entropy', 'VoteAccumulator', 'vote', 'label_counts', 'class_likelihoods', 'cohen_kappa']
 
 # %% ../../nbs/31_annotation.voting.ipynb #44b168c4
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from ..core import lookup
 from ..training.losses import one_hot
 from ..training.metrics import dice
 
-import torch
+import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor
 
@@ -125,3 +125,31 @@ def vote(
     for i,p in enumerate(probs): votes.add(p, 1 if weights is None else weights[i])
     mean,counts = votes.result()
     return mean, agreement(counts)
+
+# %% ../../nbs/31_annotation.voting.ipynb #b632733d
+def label_counts(
+    mask:np.ndarray,  # Class indices of a voter, `(h, w)`
+    truth:np.ndarray, # True class indices, `(h, w)`
+    c:int,            # Classes
+)->np.ndarray:        # `(c, c)`: by class of the voter, by true class
+    "Count the pixels of an image by the class that a voter gives them and by their true class"
+    cells = mask.astype(int)*c + truth
+    return np.bincount(cells.ravel(), minlength=c*c).reshape(c, c)
+
+# %% ../../nbs/31_annotation.voting.ipynb #edf04d44
+def class_likelihoods(
+    counts:np.ndarray, # From `label_counts`, of one or the sum of many images
+)->np.ndarray:         # `(c, c)`: by class of the voter; each row sums to 1 over the true classes
+    "How likely each true class is where the voter gives a class, if all are equally frequent"
+    rates = (counts+1)/(counts+1).sum(0)
+    return rates/rates.sum(1, keepdims=True)
+
+# %% ../../nbs/31_annotation.voting.ipynb #88dc187c
+def cohen_kappa(
+    counts:np.ndarray, # From `label_counts`, of one or the sum of many images
+)->float:              # At most 1; 0 for chance, below 0 for less
+    "Cohen's kappa: the agreement of a voter with the labels beyond chance; 0 where there is one class only"
+    shares = counts/counts.sum()
+    same = np.trace(shares)
+    by_chance = (shares.sum(0)*shares.sum(1)).sum()
+    return float((same-by_chance)/(1-by_chance)) if by_chance<1 else 0.

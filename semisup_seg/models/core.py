@@ -15,7 +15,7 @@ from inspect import signature
 from pathlib import Path
 
 from ..core import check_numbers, lookup
-from .weights import file_weights, hub_weights, load_encoder, MIT, packaged_weights
+from .weights import file_weights, hub_weights, load_encoder, MIT, packaged_weights, timm_names
 
 import timm, torch
 import torch.nn.functional as F
@@ -92,6 +92,17 @@ def register(
         return build
     return add
 
+# %% ../../nbs/10_models.core.ipynb #d74e3073
+def _find_encoder(backbone, pattern='*', kind='backbone'):
+    "The timm name of the encoder `backbone`, with the tag of its weights where they are not timm's first choice"
+    name,_,tag = str(backbone).partition('.')
+    allowed = matching([*timm.list_models(), *MIT], pattern)
+    name = lookup(name, dict(zip(allowed, allowed)), kind)
+    if not tag: return name
+    tags = [o.partition('.')[2] for o in timm.list_models(f'{name}.*', pretrained=True)]
+    tag = lookup(tag, dict(zip(tags, tags)), f'weights of {name}')
+    return name if timm.get_pretrained_cfg(name).tag==tag else f'{name}.{tag}'
+
 # %% ../../nbs/10_models.core.ipynb #4d6c4a57
 def check_request(
     name:str,          # Network, by its name or an alias
@@ -103,10 +114,8 @@ def check_request(
     net = lookup(name, known, 'network')
     if backbone is None: return net, net.backbone
     if not net.encoders: raise ValueError(f'{net.name} has an encoder of its own; backbone must be None, got {backbone!r}')
-    allowed = matching([*timm.list_models(), *MIT], net.encoders)
-    wanted = str(backbone).split('.')[0]  # the name of timm's weights follows after a dot
     kind = 'backbone' if net.encoders=='*' else f'{net.name} backbone'
-    return net, lookup(wanted, dict(zip(allowed, allowed)), kind)
+    return net, _find_encoder(backbone, net.encoders, kind)
 
 # %% ../../nbs/10_models.core.ipynb #7162ee7a
 def _normalisation(backbone, n_in):
@@ -123,7 +132,8 @@ def _find_weights(pretrained, backbone):
     "The state dict that `pretrained` asks for, or None"
     if not pretrained: return None
     if not backbone: raise ValueError('pretrained needs a network with a timm encoder; this one trains from scratch')
-    if isinstance(pretrained, (str, Path)): return file_weights(pretrained)
+    if isinstance(pretrained, dict): pretrained = {_find_encoder(k): v for k,v in pretrained.items()}.get(backbone, True)
+    if isinstance(pretrained, (str, Path)): return timm_names(file_weights(pretrained), backbone)
     return packaged_weights(backbone) or hub_weights(backbone)
 
 # %% ../../nbs/10_models.core.ipynb #3214b620
@@ -140,7 +150,7 @@ def build_model(
     name:str,               # One of `networks`, case, spaces and hyphens forgiven
     backbone:str=None,      # timm encoder; the network's own choice if None
     n_out:int=2,            # Classes
-    pretrained:bool|str=False, # True: ImageNet weights from a package or the hub; a path: from this file; False: random
+    pretrained:bool|str|dict=False, # True: from a package or the hub; a path: from this file; `{encoder: path}`; False: random
     n_in:int=3,             # Channels of the images
     output_stride:int=None, # Pixels per position of the last map, 8 or 16, for a network with a dilated encoder; None: 16
 )->SegNet:                  # A `ValueError` for a wrong argument, a `ConnectionError` if weights cannot be fetched

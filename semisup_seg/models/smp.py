@@ -16,10 +16,19 @@ from .weights import MIT
 from .core import conv_bn, register
 
 # %% ../../nbs/17_models.smp.ipynb #1d961b34
+def _is_plain_vit(backbone):
+    "Whether `backbone` is a vision transformer whose maps all have one size"
+    return backbone not in MIT and timm.models.is_model_in_modules(backbone, ('vision_transformer', 'deit', 'eva'))
+
 def _encoder(backbone, n_in):
     "The arguments by which segmentation_models_pytorch builds the encoder `backbone`; `tu-` marks those of timm"
     name = backbone if backbone in MIT else f'tu-{backbone}'
     return dict(encoder_name=name, encoder_weights=None, in_channels=n_in)
+
+def _pyramid_encoder(backbone, n_in):
+    "The same for a decoder that needs maps of several sizes"
+    if _is_plain_vit(backbone): raise ValueError("all maps of this vision transformer have one size; 'DPT' takes it")
+    return _encoder(backbone, n_in)
 
 # %% ../../nbs/17_models.smp.ipynb #a8532cb1
 def _double(ni, no): return nn.Sequential(conv_bn(ni, no), conv_bn(no, no))
@@ -71,7 +80,7 @@ def unet(
 ):
     "U-Net (Ronneberger et al. 2015, figure 1), the classic one or over an encoder"
     if backbone is None: return ClassicUNet(n_out, n_in)
-    return smp.Unet(**_encoder(backbone, n_in), classes=n_out)
+    return smp.Unet(**_pyramid_encoder(backbone, n_in), classes=n_out)
 
 # %% ../../nbs/17_models.smp.ipynb #5219f0f4
 @register('DeepLabV3+', 'atrous pyramid, one skip', 'https://arxiv.org/abs/1802.02611', backbone='resnet50',
@@ -83,7 +92,7 @@ def deeplabv3plus(
     output_stride:int=16, # Pixels per position of the encoder's last map, 8 or 16
 ):
     "DeepLabV3+ (Chen et al. 2018, figure 2)"
-    return smp.DeepLabV3Plus(**_encoder(backbone, n_in), classes=n_out, encoder_output_stride=output_stride)
+    return smp.DeepLabV3Plus(**_pyramid_encoder(backbone, n_in), classes=n_out, encoder_output_stride=output_stride)
 
 # %% ../../nbs/17_models.smp.ipynb #7a7b7dd3
 @register('MANet', 'U-Net with two attentions', 'https://doi.org/10.1109/ACCESS.2020.3025372', backbone='resnet50')
@@ -93,7 +102,7 @@ def manet(
     n_in:int,     # Channels of the images
 ):
     "MA-Net (Fan et al. 2020, figure 2) over a timm encoder"
-    return smp.MAnet(**_encoder(backbone, n_in), classes=n_out)
+    return smp.MAnet(**_pyramid_encoder(backbone, n_in), classes=n_out)
 
 # %% ../../nbs/17_models.smp.ipynb #52133d76
 @register('PAN', 'pyramid attention guides fine maps', 'https://arxiv.org/abs/1805.10180', backbone='resnet50',
@@ -104,12 +113,12 @@ def pan(
     n_in:int,     # Channels of the images
 ):
     "Pyramid Attention Network (Li et al. 2018, figure 2)"
-    return smp.PAN(**_encoder(backbone, n_in), classes=n_out)
+    return smp.PAN(**_pyramid_encoder(backbone, n_in), classes=n_out)
 
 # %% ../../nbs/17_models.smp.ipynb #d9a27d2d
 def _more(name, model, idea, paper, backbone='resnet50', aliases=(), **options):
     "Register the class `model` of segmentation_models_pytorch as the network `name`"
-    def _build(backbone, n_out, n_in): return model(**_encoder(backbone, n_in), classes=n_out, **options)
+    def _build(backbone, n_out, n_in): return model(**_pyramid_encoder(backbone, n_in), classes=n_out, **options)
     paper = f'https://arxiv.org/abs/{paper}'
     register(name, idea, paper, backbone, aliases=aliases, more=True)(_build)
 
@@ -132,8 +141,7 @@ class _ScaledPatches(nn.Conv2d):
 def _vit_options(backbone):
     "The further arguments by which segmentation_models_pytorch builds the vision transformer `backbone`"
     options = {}
-    is_plain = timm.models.is_model_in_modules(backbone, ('vision_transformer', 'deit', 'eva'))
-    if is_plain: options['dynamic_img_size'] = True
+    if _is_plain_vit(backbone): options['dynamic_img_size'] = True
     if 'patch14' in backbone:
         side = timm.get_pretrained_cfg(backbone).input_size[-1]
         options |= dict(patch_size=16, img_size=side//14*16)
@@ -143,7 +151,7 @@ def _vit_options(backbone):
 @register('DPT', 'transformer read at four depths', 'https://arxiv.org/abs/2103.13413',
     backbone='vit_small_patch14_dinov2', more=True)
 def dpt(
-    backbone:str, # Vision transformer of timm, DINOv2 among them
+    backbone:str, # Vision transformer of timm, DINOv2 and DINOv3 among them
     n_out:int,    # Classes
     n_in:int,     # Channels of the images
 ):
