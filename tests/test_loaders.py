@@ -66,8 +66,7 @@ def test_flips_and_turns_move_image_and_mask_alike():
         assert all(np.array_equal(o['image'][..., 0], o['mask']*200) and o['mask'].shape==(h, w) for o in draws)
         assert len({o['mask'].tobytes() for o in draws})==n
 
-def test_images_whose_sides_have_a_meaning_are_not_flipped():
-    assert len({o['mask'].tobytes() for o in flipped(32, 32, flips=False)})==1
+def test_images_whose_sides_have_a_meaning_are_not_flipped(): assert len({o['mask'].tobytes() for o in flipped(32, 32, flips=False)})==1
 
 def test_nothing_is_claimed_beyond_the_border():
     im,m = np.full((40, 60, 3), 99, np.uint8), np.ones((40, 60), np.uint8)

@@ -1,7 +1,7 @@
 "The pieces of a recipe, each by itself and together"
 import dataclasses
 
-import numpy as np, pytest, torch
+import pytest, torch
 from conftest import SIZE
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed

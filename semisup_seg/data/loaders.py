@@ -184,7 +184,8 @@ def symmetry(
     return np.ascontiguousarray(turned[:, ::-1] if k>=4 else turned)
 
 def _flips_and_turns():
-    return A.OneOf([A.Lambda(image=partial(symmetry, k), mask=partial(symmetry, k), p=1) for k in range(8)], p=1)
+    eight = [A.Lambda(image=partial(symmetry, k), mask=partial(symmetry, k), p=1) for k in range(8)]
+    return A.OneOf(eight, p=1)
 
 # %% ../../nbs/04_data.loaders.ipynb #a0400010
 def standard_augment(

@@ -124,13 +124,7 @@ def format_seconds(s:float)->str:
     if s<90: return f'{s:.0f} s'
     return f'{s/60:.0f} min' if s<5400 else f'{s/3600:.1f} h'
 
-def describe_event(
-    e:dict, # From `read_events`
-)->str:     # Empty for an event of another kind
-    "One line of text for an event, as the terminal prints it"
-    describe = DESCRIPTIONS.get(e['event'])
-    return describe(e) if describe else ''
-
+# %% ../../nbs/52_distillation.run.ipynb #e6f4b85e
 def _describe_plan(e):
     height,width = e['size']
     trainings = '1 training' if e['trainings']==1 else f'{e["trainings"]} trainings'
@@ -141,16 +135,23 @@ def _describe_epoch(e):
     left = f'; {format_seconds(e["time_left"])} left' if e['time_left'] is not None else ''
     return f'{e["stage"]}: step {e["epoch"]*e["steps"]} of {e["epochs"]*e["steps"]}, {scores}{left}'
 
-DESCRIPTIONS = dict(
-    plan=_describe_plan,
-    epoch=_describe_epoch,
-    stage=lambda e: f'{e["stage"]}: training, {e["epochs"]*e["steps"]} steps',
-    rate=lambda e: f'{e["stage"]}: learning rate {e["lr"]:.2g}, found by a trial run',
-    skipped=lambda e: f'{e["stage"]}: finished already',
-    resumed=lambda e: f'{e["stage"]}: going on after epoch {e["epoch"]} of {e["epochs"]}',
-    annotation=lambda e: f'{e["stage"]}: {e["images"]} images, {e["votes"]} votes each',
-    warning=lambda e: e['text'],
-    report=lambda e: f'report: {e["file"]}')
+# %% ../../nbs/52_distillation.run.ipynb #14fc8e67
+DESCRIPTIONS = dict(plan=_describe_plan, epoch=_describe_epoch)
+DESCRIPTIONS['stage'] = lambda e: f'{e["stage"]}: training, {e["epochs"]*e["steps"]} steps'
+DESCRIPTIONS['rate'] = lambda e: f'{e["stage"]}: learning rate {e["lr"]:.2g}, found by a trial run'
+DESCRIPTIONS['skipped'] = lambda e: f'{e["stage"]}: finished already'
+DESCRIPTIONS['resumed'] = lambda e: f'{e["stage"]}: going on after epoch {e["epoch"]} of {e["epochs"]}'
+DESCRIPTIONS['annotation'] = lambda e: f'{e["stage"]}: {e["images"]} images, {e["votes"]} votes each'
+DESCRIPTIONS['warning'] = lambda e: e['text']
+DESCRIPTIONS['report'] = lambda e: f'report: {e["file"]}'
+
+# %% ../../nbs/52_distillation.run.ipynb #cb4ed179
+def describe_event(
+    e:dict, # From `read_events`
+)->str:     # Empty for an event of another kind
+    "One line of text for an event, as the terminal prints it"
+    describe = DESCRIPTIONS.get(e['event'])
+    return describe(e) if describe else ''
 
 # %% ../../nbs/52_distillation.run.ipynb #9578960a
 class EventLog:
