@@ -416,3 +416,13 @@ def area_error():
     yield area_error
     metrics.clear()
     metrics.update(before)
+
+# --- the quick tests
+
+SLOW = ('annotate', 'batch', 'benchmarks', 'browser', 'checkpoint', 'cli', 'distill', 'docs', 'experiment', 'fixmatch', 'form', 'golden', 'job', 'journal',
+    'learner', 'mask_folder', 'mean_teacher', 'methods', 'models', 'networks', 'online', 'packaging', 'tutorials', 'unimatch')
+
+def pytest_collection_modifyitems(items):
+    "Tests of the files that train, draw pages or build every network are left out by `-m 'not slow'`"
+    for item in items:
+        if item.path.stem.removeprefix('test_') in SLOW: item.add_marker('slow')
